@@ -1,0 +1,97 @@
+"""The command line: `jaxreset train | eval | export`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file; see configs/")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=10 seed=1")
+]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Post-train language models on multi-step reasoning by resets.",
+)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show config, shapes and memory, and stop.")
+    ] = False,
+) -> None:
+    """Train a policy; the same command goes on where a stopped run was."""
+    from jaxreset.config import load_config
+    from jaxreset.reporting.display import Display
+
+    settings = load_config(config, overrides or [])
+    console = Console()
+    if dry_run:
+        from jaxreset.training.dry_run import describe
+
+        describe(settings, console)
+        return
+    from jaxreset.training.loop import train as run
+
+    run(settings, Display(console))
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Accuracy on held-out problems: of the run's latest checkpoint, or of model.path without a run."""
+    from jaxreset.config import load_config
+    from jaxreset.training.loop import evaluate_run
+
+    settings = load_config(config, overrides or [])
+    step, result = evaluate_run(settings)
+    if as_json:
+        typer.echo(json.dumps({"step": step, **result}))
+        return
+    console = Console()
+    console.print(f"step {step}, {result['eval/problems']:.0f} held-out problems")
+    low, high = result["eval/accuracy_low"], result["eval/accuracy_high"]
+    console.print(f"sampled  {result['eval/accuracy']:.1%} [{low:.1%}, {high:.1%}]")
+    console.print(f"greedy   {result['eval/greedy_accuracy']:.1%}")
+
+
+@app.command()
+def export(
+    config: ConfigPath,
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write the run's latest checkpoint as a Hugging Face folder."""
+    from jaxreset.config import load_config
+    from jaxreset.training.loop import export_run
+
+    settings = load_config(config, overrides or [])
+    step = export_run(settings, output)
+    Console().print(f"step {step} exported to {output}", soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one message, without a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from jaxreset.config import ConfigError
+
+    try:
+        app()
+    except (ConfigError, RuntimeError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None

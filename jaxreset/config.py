@@ -1,0 +1,390 @@
+"""The schema of a config file.
+
+A run is described by one YAML file, and `key=value` overrides (`sampling.temperature=0.7`). Reading
+one resolves every default, so the config saved in a run folder says all there is to say.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from jaxreset.losses import Aggregation, Scale
+from jaxreset.objectives import Layout, Method, Objective, ObjectiveName, make_objective
+from jaxreset.resets import RuleName
+
+Probability = Field(gt=0, le=1)
+
+
+class ConfigError(ValueError):
+    """A config that can't be run; the message names field, value, expectation and remedy."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class FreshModel(Section):
+    """Sizes of a decoder with random weights, for `model.path: null`."""
+
+    layers: PositiveInt = 2
+    width: PositiveInt = 128
+    heads: PositiveInt = 4
+    kv_heads: PositiveInt = 2
+    mlp: PositiveInt = 384
+
+    @model_validator(mode="after")
+    def _divides(self) -> FreshModel:
+        if self.width % self.heads or self.heads % self.kv_heads:
+            raise ValueError(
+                f"width {self.width} must be a multiple of heads {self.heads}, and heads of kv_heads "
+                f"{self.kv_heads}"
+            )
+        if (self.width // self.heads) % 2:
+            raise ValueError(
+                f"width {self.width} / heads {self.heads} must be even: rotary embedding turns pairs"
+            )
+        return self
+
+
+class Model(Section):
+    """The policy."""
+
+    path: str | None = Field(None, description="Hugging Face folder or name; null: a fresh model")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    fresh: FreshModel = FreshModel()
+
+
+class TaskConfig(Section):
+    """What is learnt."""
+
+    name: Literal["chain", "math"] = "chain"
+    min_terms: int = Field(3, ge=2, description="chain: fewest numbers in a sum")
+    max_terms: int = Field(8, le=9, description="chain: most numbers in a sum")
+    mistakes: float = Field(0.08, ge=0, lt=1, description="chain: errors in demonstrations")
+    solve_prompt: str | None = Field(None, description="math: template file of the prompt")
+    localize_prompt: str | None = Field(None, description="math: template file of the question")
+    processes: PositiveInt = Field(2, description="math: answer-checking processes")
+    cpu_seconds: PositiveFloat = Field(5.0, description="math: deadline of one answer")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TaskConfig:
+        if self.min_terms > self.max_terms:
+            raise ValueError(
+                f"min_terms {self.min_terms} must not exceed max_terms {self.max_terms}"
+            )
+        return self
+
+
+class Data(Section):
+    """Problems. The chain task generates its own; `path` is for math."""
+
+    path: str | None = Field(None, description="JSONL or Parquet file, or a `datasets` name")
+    eval_path: str | None = Field(None, description="held-out problems; null: the end of `path`")
+    eval_size: PositiveInt = Field(500, description="held-out problems evaluated")
+    chain_size: PositiveInt = Field(100_000, description="chain: training problems")
+    overlong: Literal["drop", "refuse"] = Field("drop", description="prompts over the limit")
+
+
+class Sampling(Section):
+    """How rollouts are drawn and when they end."""
+
+    temperature: PositiveFloat = 1.0
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: NonNegativeInt = Field(0, description="0 keeps all")
+    max_prompt_tokens: PositiveInt = 32
+    max_response_tokens: PositiveInt = 96
+    max_steps: PositiveInt = 20
+    max_step_tokens: PositiveInt = 16
+
+    @model_validator(mode="after")
+    def _room(self) -> Sampling:
+        if self.max_step_tokens > self.max_response_tokens:
+            raise ValueError(
+                f"max_step_tokens {self.max_step_tokens} exceeds max_response_tokens "
+                f"{self.max_response_tokens}: no step would fit"
+            )
+        return self
+
+
+class Localizer(Section):
+    """How the policy is asked for its first wrong step."""
+
+    temperature: NonNegativeFloat = 0.3
+    max_tokens: PositiveInt = 8
+    max_question_tokens: PositiveInt = Field(128, description="longer ones count as unanswered")
+
+
+class Reset(Section):
+    """Where and what is reset; null takes what the objective stands for."""
+
+    rule: RuleName | None = None
+    layout: Layout = "4+4"
+    rungs: PositiveInt | None = None
+    when: Literal["any_failure", "all_failed"] | None = None
+    seed_choice: Literal["first", "deepest"] | None = None
+    localizer: Localizer = Localizer()
+
+
+class Loss(Section):
+    """The loss form; null takes the method's."""
+
+    aggregation: Aggregation | None = None
+    clip: PositiveFloat | tuple[PositiveFloat, PositiveFloat] | None = None
+    dual_clip: float | None = Field(None, gt=1)
+    advantage_scale: Scale | None = None
+
+
+class Optimizer(Section):
+    """AdamW."""
+
+    learning_rate: PositiveFloat = 3e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    weight_decay: NonNegativeFloat = 0.01
+    b1: float = Field(0.9, ge=0, lt=1)
+    b2: float = Field(0.999, ge=0, lt=1)
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class Train(Section):
+    """The loop."""
+
+    steps: NonNegativeInt = 30
+    prompts_per_step: PositiveInt = 32
+    minibatch_prompts: PositiveInt | None = Field(None, description="null: one minibatch a step")
+    microbatch_groups: PositiveInt = Field(16, description="groups in one forward pass")
+    min_signal_groups: NonNegativeInt | None = Field(
+        None, description="groups with a gradient before the optimizer steps; 0: always step"
+    )
+    remat: bool = Field(False, description="recompute activations in the backward pass")
+    max_nonfinite: PositiveInt = Field(5, description="bad gradients in a row that end the run")
+
+
+class WarmStart(Section):
+    """Supervised steps before the first RL step, on demonstrations of the chain task."""
+
+    steps: NonNegativeInt = 0
+    batch: PositiveInt = 64
+    learning_rate: PositiveFloat = 2e-3
+
+
+class Eval(Section):
+    """Accuracy on held-out problems."""
+
+    every_steps: PositiveInt | None = Field(
+        None, description="null: before and after training only"
+    )
+    temperature: PositiveFloat = 1.0
+    batch: PositiveInt = 128
+
+
+class Checkpoint(Section):
+    """Orbax checkpoints."""
+
+    every_steps: PositiveInt = 10
+    keep: PositiveInt = 2
+
+
+class Run(Section):
+    """The run folder and what is logged."""
+
+    dir: str = "runs/quickstart"
+    rollouts_mb: NonNegativeFloat = Field(200.0, description="disk for rollouts; oldest go first")
+    profile_steps: tuple[int, ...] = Field((), description="steps to trace with jax.profiler")
+    tensorboard: bool = False
+    wandb_project: str | None = None
+
+
+class Mesh(Section):
+    """Devices along each axis; the product must be the number of devices."""
+
+    data: PositiveInt = 1
+    fsdp: PositiveInt = 1
+    tensor: PositiveInt = 1
+
+
+class Config(Section):
+    """A whole run."""
+
+    objective: ObjectiveName = "srpo"
+    method: Method = "ours"
+    seed: int = Field(0, ge=0, lt=2**32)
+    model: Model = Model()
+    task: TaskConfig = TaskConfig()
+    data: Data = Data()
+    sampling: Sampling = Sampling()
+    reset: Reset = Reset()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    warm_start: WarmStart = WarmStart()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    run: Run = Run()
+    mesh: Mesh = Mesh()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        self.make_objective()
+        if self.task.name == "math" and self.data.path is None:
+            raise ValueError("data.path is null, but task.name=math needs problems: name a file")
+        if self.task.name == "math" and self.model.path is None:
+            raise ValueError(
+                "model.path is null, but task.name=math needs a pretrained policy: name a folder"
+            )
+        if self.task.name == "math" and self.warm_start.steps:
+            raise ValueError(
+                f"warm_start.steps={self.warm_start.steps}: only task.name=chain has demonstrations; "
+                "set it to 0"
+            )
+        if self.task.name == "math" and self.reset.rule == "oracle":
+            raise ValueError(
+                "reset.rule=oracle: task.name=math can't tell the first wrong step; use chain, or "
+                "another rule"
+            )
+        if self.train.prompts_per_step % self.minibatch_prompts:
+            raise ValueError(
+                f"train.prompts_per_step {self.train.prompts_per_step} is not divisible by "
+                f"train.minibatch_prompts {self.minibatch_prompts}"
+            )
+        shards = self.mesh.data * self.mesh.fsdp
+        for name, groups in (
+            ("train.prompts_per_step", self.train.prompts_per_step),
+            ("train.microbatch_groups", self.train.microbatch_groups),
+            ("eval.batch", self.eval.batch),
+        ):
+            if groups % shards:
+                raise ValueError(
+                    f"{name} {groups} is not divisible by mesh.data {self.mesh.data} × mesh.fsdp "
+                    f"{self.mesh.fsdp} = {shards} shards"
+                )
+        if self.loss.dual_clip is not None and self.loss.clip is None:
+            raise ValueError(f"loss.dual_clip={self.loss.dual_clip} needs loss.clip")
+        return self
+
+    @property
+    def minibatch_prompts(self) -> int:
+        """Prompts in one optimizer step."""
+        return self.train.minibatch_prompts or self.train.prompts_per_step
+
+    def make_objective(self) -> Objective:
+        """The groups that are drawn."""
+        r = self.reset
+        return make_objective(
+            self.objective,
+            method=self.method,
+            rule=r.rule,
+            layout=r.layout,
+            rungs=r.rungs,
+            when=r.when,
+            seed_choice=r.seed_choice,
+        )
+
+    def resolved(self) -> Config:
+        """The same config with the method's choices written out."""
+        paper_grpo = self.method == "paper" and self.objective == "grpo"
+        loss = self.loss
+        if paper_grpo and loss.clip is None and loss.aggregation is None:
+            loss = loss.model_copy(update={"clip": 0.2, "dual_clip": 3.0, "aggregation": "token"})
+        scale = loss.advantage_scale or ("sample_std" if paper_grpo else "std")
+        loss = loss.model_copy(
+            update={"aggregation": loss.aggregation or "sequence", "advantage_scale": scale}
+        )
+        signal = self.train.min_signal_groups
+        if signal is None:
+            signal = 0 if self.method == "paper" else 4
+        train = self.train.model_copy(update={"min_signal_groups": signal})
+        return self.model_copy(update={"loss": loss, "train": train})
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config file, applies `key=value` overrides, checks and resolves it.
+
+    Args:
+      path: a YAML file.
+      overrides: `section.key=value`, the value in YAML.
+
+    Raises:
+      ConfigError: anything wrong with either; one line per problem.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config {path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {path}: expected sections and keys, got {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return parse_config(values)
+
+
+def parse_config(values: dict[str, Any]) -> Config:
+    """Checks and resolves a config given as nested dictionaries; raises `ConfigError`."""
+    try:
+        return Config.model_validate(values).resolved()
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key=value, such as train.steps=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+    if isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-4 as text
+            value = float(value)
+        except ValueError:
+            value = text if value == text.strip() else value
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
+    values[last] = value
+
+
+def _explain(error: Any) -> str:
+    """One problem in one line: field, value, expectation."""
+    field = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in error["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        known = list(section.model_fields)
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"{field}: unknown key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{field}: {message}" if field else message
+    return f"{field}: {message}, got {error['input']!r}"

@@ -1,0 +1,201 @@
+"""Advantages and policy-gradient losses on plain arrays.
+
+Nothing here knows of models, samplers or configs: arrays in, arrays out, jittable, differentiable
+and usable in any trainer. `T` is the number of response tokens of the longest row and `...` is
+any batch shape; a row is one sampled continuation (of the prompt, or of a reset's prefix).
+
+References:
+  Credit Assignment with Resets in Language Model Reasoning (arXiv 2605.25507): RRPO and SRPO.
+  DeepSeekMath (arXiv 2402.03300): GRPO.  Dual-clip PPO (arXiv 1912.09729): `dual_clip`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Metrics = Mapping[str, Array]
+Scale = Literal["std", "sample_std", "none"]
+Aggregation = Literal["sequence", "token", "constant"]
+Clip = float | tuple[float, float]
+
+
+def group_advantages(rewards: Array, *, where: Array | None = None, scale: Scale = "std") -> Array:
+    """Normalises rewards inside each group (the last axis).
+
+    Args:
+      rewards: `[..., K]` float, the rewards of the K rollouts of each group.
+      where: `[..., K]` bool, False for entries that are padding: they neither count nor get an
+        advantage. A group may be empty.
+      scale: what the centred rewards are divided by. `"std"`: the population standard deviation,
+        0 where it is below 1e-8 (RRPO and SRPO, arXiv 2605.25507 appendix C). `"sample_std"`: the
+        sample deviation (K - 1) plus 1e-6, the published GRPO baseline. `"none"`: nothing.
+
+    Returns:
+      `[..., K]` advantages in the dtype of `rewards`.
+
+    Raises:
+      ValueError: `scale` is none of the three.
+
+    >>> group_advantages(jnp.array([1.0, 0.0, 0.0, 1.0]))
+    Array([ 1., -1., -1.,  1.], dtype=float32)
+    """
+    if scale not in ("std", "sample_std", "none"):
+        raise ValueError(f"scale must be 'std', 'sample_std' or 'none', got {scale!r}")
+    rewards = jnp.asarray(rewards)
+    valid = jnp.ones(rewards.shape, bool) if where is None else jnp.asarray(where, bool)
+    count = valid.sum(-1, keepdims=True)
+    mean = jnp.where(valid, rewards, 0).sum(-1, keepdims=True) / jnp.maximum(count, 1)
+    centred = jnp.where(valid, rewards - mean, 0)
+    if scale == "none":
+        return centred
+    squares = jnp.square(centred).sum(-1, keepdims=True)
+    if scale == "sample_std":
+        return centred / (jnp.sqrt(squares / jnp.maximum(count - 1, 1)) + 1e-6)
+    std = jnp.sqrt(squares / jnp.maximum(count, 1))
+    return jnp.where(std < 1e-8, 0, centred / jnp.where(std < 1e-8, 1, std))
+
+
+def token_logps(
+    hidden: Array,
+    head: Array,
+    tokens: Array,
+    *,
+    temperature: Array | float = 1.0,
+    chunk: int = 1024,
+) -> Array:
+    """Log-probabilities of `tokens`, without ever holding `[..., vocabulary]` logits for all of them.
+
+    Tokens are taken `chunk` at a time; the backward pass recomputes each chunk's logits.
+
+    Args:
+      hidden: `[..., E]` final hidden states; the one at a position predicts that position's token.
+      head: `[E, V]` output projection.
+      tokens: `[...]` int, the tokens to score.
+      temperature: logits are divided by it; scalar, may be traced.
+      chunk: tokens whose logits exist at one time.
+
+    Returns:
+      `[...]` float32 (float64 for float64 inputs) log-probabilities, log-softmax(logits / T).
+    """
+    shape, width = tokens.shape, hidden.shape[-1]
+    count = tokens.size
+    chunk = min(chunk, max(count, 1))
+    padding = -count % chunk
+    flat_hidden = jnp.pad(hidden.reshape(count, width), ((0, padding), (0, 0)))
+    flat_tokens = jnp.pad(tokens.reshape(count), (0, padding))
+    accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
+
+    @jax.checkpoint
+    def score(hidden_chunk: Array, token_chunk: Array) -> Array:
+        logits = jnp.dot(hidden_chunk, head, preferred_element_type=accumulate) / temperature
+        chosen = jnp.take_along_axis(logits, token_chunk[:, None], axis=-1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    if flat_tokens.size == chunk:
+        logps = score(flat_hidden, flat_tokens)
+    else:
+        chunks = flat_hidden.reshape(-1, chunk, width), flat_tokens.reshape(-1, chunk)
+        logps = jax.lax.map(lambda c: score(*c), chunks).reshape(-1)
+    return logps[:count].reshape(shape)
+
+
+def policy_loss(
+    logps: Array,
+    advantages: Array,
+    mask: Array,
+    *,
+    behavior_logps: Array | None = None,
+    clip: Clip | None = None,
+    dual_clip: float | None = None,
+    aggregation: Aggregation = "sequence",
+    normalizer: Array | float | None = None,
+) -> tuple[Array, Metrics]:
+    """The policy-gradient loss of which GRPO, RRPO and SRPO are presets.
+
+    Without `clip` a token's loss is `-advantage * logp`. With it, it is PPO's clipped surrogate
+    `-min(ratio * advantage, clip(ratio, 1 - low, 1 + high) * advantage)`, and with `dual_clip` the
+    loss of a negative advantage is at most `dual_clip * |advantage|`.
+
+    Args:
+      logps: `[..., T]` log-probabilities under the policy being trained.
+      advantages: `[...]` one for each row.
+      mask: `[..., T]` True on the tokens that carry the loss: the suffix, not the shared prefix.
+      behavior_logps: `[..., T]` log-probabilities when sampled; needed with `clip`.
+      clip: None, one width for both sides, or `(low, high)`.
+      dual_clip: None, or a bound above 1; needs `clip`.
+      aggregation: `"sequence"`: mean over a row's tokens, then over rows. `"token"`: mean over all
+        tokens. `"constant"`: sum over all tokens, divided by `normalizer`, a fixed budget.
+      normalizer: what the sum is divided by; None counts it here (rows for `"sequence"`, tokens for
+        `"token"`). Give the count of the whole minibatch, and the losses of its microbatches sum to
+        the minibatch's. Rows without tokens count as rows.
+
+    Returns:
+      `(loss, metrics)`: a scalar, and scalars `tokens`, and with `behavior_logps` also `logp_gap`
+      (mean |logps - behavior_logps|), `ratio` (mean) and with `clip` also `clip_fraction`.
+
+    Raises:
+      ValueError: an option without the one it needs, or an unknown `aggregation`.
+    """
+    if aggregation not in ("sequence", "token", "constant"):
+        raise ValueError(
+            f"aggregation must be 'sequence', 'token' or 'constant', got {aggregation!r}"
+        )
+    if clip is not None and behavior_logps is None:
+        raise ValueError("clip needs behavior_logps: the ratio is exp(logps - behavior_logps)")
+    if dual_clip is not None and (clip is None or dual_clip <= 1):
+        raise ValueError(f"dual_clip={dual_clip} must be above 1 and needs clip")
+    if aggregation == "constant" and normalizer is None:
+        raise ValueError("aggregation='constant' needs normalizer, the fixed token budget")
+
+    mask = jnp.asarray(mask, bool)
+    # Padding may hold anything, infinities too: it is replaced before it meets arithmetic.
+    logps = jnp.where(mask, logps, 0)
+    counts = mask.sum(-1).astype(logps.dtype)  # [...]
+    tokens = counts.sum()
+    metrics = {"tokens": tokens}
+    advantage = advantages[..., None]
+
+    if behavior_logps is not None:
+        log_ratio = logps - jnp.where(mask, behavior_logps, 0)
+        ratio = jnp.exp(log_ratio)
+        metrics["logp_gap"] = _masked_mean(jnp.abs(log_ratio), mask)
+        metrics["ratio"] = _masked_mean(ratio, mask)
+    if clip is None:
+        losses = -advantage * logps
+    else:
+        low, high = clip if isinstance(clip, tuple) else (clip, clip)
+        unclipped, clipped = -advantage * ratio, -advantage * jnp.clip(ratio, 1 - low, 1 + high)
+        losses = jnp.maximum(unclipped, clipped)
+        metrics["clip_fraction"] = _masked_mean((clipped > unclipped).astype(losses.dtype), mask)
+        if dual_clip is not None:
+            bounded = jnp.minimum(losses, -advantage * dual_clip)
+            losses = jnp.where(advantage < 0, bounded, losses)
+
+    losses = jnp.where(mask, losses, 0)
+    if aggregation == "sequence":
+        total = (losses.sum(-1) / jnp.maximum(counts, 1)).sum()
+        default = float(max(counts.size, 1))
+    else:
+        total, default = losses.sum(), jnp.maximum(tokens, 1)
+    return total / (default if normalizer is None else normalizer), metrics
+
+
+def _masked_mean(values: Array, mask: Array) -> Array:
+    kept = jnp.where(mask, jax.lax.stop_gradient(values), 0)
+    return kept.sum() / jnp.maximum(mask.sum(), 1)
+
+
+rrpo_loss = partial(policy_loss, aggregation="sequence")
+"""RRPO (arXiv 2605.25507, Algorithm 2): no ratio, no clip; mean over rows of the row's mean."""
+
+srpo_loss = partial(policy_loss, aggregation="sequence")
+"""SRPO has RRPO's loss: the two differ in where the reset goes, not in what is learnt from it."""
+
+grpo_loss = partial(policy_loss, clip=0.2, dual_clip=3.0, aggregation="token")
+"""GRPO as the paper's baseline runs it: clipped ratio, dual clip, mean over all tokens."""

@@ -1,0 +1,1 @@
+"""The policy network: a decoder-only transformer, its attention, and Hugging Face folders."""

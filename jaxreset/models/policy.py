@@ -1,0 +1,184 @@
+"""A policy: a decoder's parameters, and the tokenizer and end-of-sequence ids that go with them.
+
+    policy = load_policy("Qwen/Qwen2.5-0.5B-Instruct", dtype="bfloat16")
+    policy.logits(tokens)                      # [B, T] -> [B, T, V]
+    policy = policy.with_params(params, version=policy.version + 1)
+    policy.export("my-model")                  # a folder that transformers loads
+
+It is immutable; training makes a new one at every step, which costs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxreset.models import huggingface
+from jaxreset.models.decoder import Decoder, DecoderConfig
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from transformers import PreTrainedTokenizerBase
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """What samples, and what is trained.
+
+    Attributes:
+      graph: structure of the decoder; hashable, equal for equal configs, so a static argument.
+      params: the decoder's parameters.
+      config: sizes and switches of the decoder.
+      tokenizer: a Hugging Face tokenizer with at most `config.vocab` ids.
+      eos_ids: ids that end a response, ascending.
+      version: optimizer steps behind the parameters.
+      metadata: JSON files of the folder that it came from, written back by `export`.
+    """
+
+    graph: nnx.GraphDef[Decoder]
+    params: nnx.State
+    config: DecoderConfig
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+    version: int = 0
+    metadata: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
+
+    def decoder(self) -> Decoder:
+        """The network as a module."""
+        return nnx.merge(self.graph, self.params)
+
+    def logits(self, tokens: ArrayLike) -> jax.Array:
+        """`[B, T]` right-padded token ids -> `[B, T, V]` logits, float32 at least; jitted."""
+        return _logits(self.graph, self.params, jnp.asarray(tokens))
+
+    def with_params(self, params: nnx.State, version: int) -> Policy:
+        """The same policy with other parameters."""
+        return dataclasses.replace(self, params=params, version=version)
+
+    def export(self, path: str | Path) -> Path:
+        """Writes a folder that `transformers` loads; see `huggingface.export`."""
+        return huggingface.export(
+            path,
+            self.config,
+            self.params,
+            self.tokenizer,
+            eos_ids=self.eos_ids,
+            metadata=self.metadata,
+        )
+
+
+# Here and not a method: one compilation serves every policy of the same graph.
+@partial(jax.jit, static_argnames="graph")
+def _logits(graph: nnx.GraphDef[Decoder], params: nnx.State, tokens: jax.Array) -> jax.Array:
+    return nnx.merge(graph, params).logits(tokens)
+
+
+def load_policy(path_or_name: str | Path, *, dtype: str = "float32") -> Policy:
+    """Reads a checkpoint of Qwen2, Qwen2.5, Qwen3 or Llama 3.
+
+    Args:
+      path_or_name: a local folder, or a name on the Hugging Face Hub; its local copy is preferred.
+      dtype: of the parameters: "float32", "bfloat16", "float16" or "float64".
+
+    Raises:
+      FileNotFoundError: no such folder or Hub name, or one of its files is missing.
+      ValueError: an unsupported model, damaged weights, or a tokenizer that doesn't fit.
+    """
+    folder = _folder(path_or_name)
+    config = huggingface.read_config(folder, dtype=dtype)
+    metadata = huggingface.read_metadata(folder)
+    tokenizer = _load_tokenizer(folder)
+    _check_tokenizer(tokenizer, config, str(folder))
+    params = huggingface.load_params(folder, config)
+    graph, _ = huggingface.abstract_decoder(config)
+    eos_ids = _eos_ids(config, tokenizer, metadata)
+    return Policy(graph, params, config, tokenizer, eos_ids, metadata=metadata)
+
+
+def new_policy(config: DecoderConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Policy:
+    """A policy with random parameters; the same ones for the same config and seed.
+
+    Raises:
+      ValueError: the tokenizer has more ids than `config.vocab`.
+    """
+    _check_tokenizer(tokenizer, config, "new_policy")
+    graph, params = nnx.split(Decoder(config, rngs=nnx.Rngs(seed)))
+    return Policy(graph, params, config, tokenizer, _eos_ids(config, tokenizer, {}))
+
+
+def _folder(path_or_name: str | Path) -> Path:
+    """The local folder of a path or of a Hub name."""
+    folder, name = Path(path_or_name).expanduser(), str(path_or_name)
+    if folder.is_dir():
+        return folder
+    if not HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"model {name!r}: no such folder")
+
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+        huggingface.weight_files(folder)  # another program may have fetched only the tokenizer
+        return folder
+    except FileNotFoundError:
+        pass  # not fetched yet, or not all of it
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"model {name!r}: no such folder, and the Hugging Face Hub did not give it: {error}"
+        ) from error
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    # Without any of its files, transformers makes up a tokenizer with an empty vocabulary.
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's there"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    # The tokenizers library raises bare Exceptions.
+    except Exception as error:
+        raise ValueError(f"{folder}: the tokenizer can't be read: {error}") from error
+
+
+def _check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, config: DecoderConfig, source: str
+) -> None:
+    size = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if size > config.vocab:
+        raise ValueError(
+            f"{source}: the tokenizer has {size} ids, the model's vocabulary {config.vocab}; "
+            "is it another model's tokenizer?"
+        )
+
+
+def _eos_ids(
+    config: DecoderConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    metadata: Mapping[str, Mapping[str, Any]],
+) -> tuple[int, ...]:
+    """All that the folder calls an end of sequence; ids beyond the vocabulary can't be sampled."""
+    ids: set[int] = set()
+    for value in (
+        tokenizer.eos_token_id,
+        *(settings.get("eos_token_id") for settings in metadata.values()),
+    ):
+        ids.update(value if isinstance(value, list) else () if value is None else (value,))
+    return tuple(sorted(i for i in ids if 0 <= i < config.vocab))

@@ -1,0 +1,65 @@
+"""One mesh of three axes, and one table that says how parameters lie on it.
+
+`data` splits groups; `fsdp` splits groups and parameters; `tensor` splits heads and hidden units.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# Axes of each parameter by its name; stacked blocks have the layers first. Others are replicated.
+PARAM_AXES: dict[str, tuple[str | None, ...]] = {
+    "embed": ("tensor", "fsdp"),
+    "output": ("fsdp", "tensor"),
+    "q": (None, "fsdp", "tensor", None),
+    "k": (None, "fsdp", "tensor", None),
+    "v": (None, "fsdp", "tensor", None),
+    "o": (None, "tensor", None, "fsdp"),
+    "gate": (None, "fsdp", "tensor"),
+    "up": (None, "fsdp", "tensor"),
+    "down": (None, "tensor", "fsdp"),
+}
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh over all devices.
+
+    Raises:
+      ValueError: the product isn't the number of devices, with the arithmetic.
+    """
+    sizes, count = (data, fsdp, tensor), len(jax.devices())
+    if math.prod(sizes) != count:
+        raise ValueError(
+            f"mesh.data {data} × mesh.fsdp {fsdp} × mesh.tensor {tensor} = {math.prod(sizes)}, but "
+            f"there are {count} devices ({jax.devices()[0].device_kind}); change one of the three"
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def param_shardings(mesh: Mesh, params: Any) -> Any:
+    """A tree of shardings like `params`, from `PARAM_AXES`.
+
+    An axis that its mesh axis doesn't divide is left whole: few key-value heads on many tensor shards.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        axes = next((PARAM_AXES[name] for name in reversed(names) if name in PARAM_AXES), ())
+        fitting = (
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, leaf.shape, strict=False)
+        )
+        return NamedSharding(mesh, PartitionSpec(*fitting))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """For arrays whose first axis is groups or sequences: split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

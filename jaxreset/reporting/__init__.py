@@ -1,0 +1,1 @@
+"""What a run shows: its progress, its curve, its reset trees."""

@@ -1,0 +1,97 @@
+"""What a sampling call returns, and the points in it that one can go back to."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxreset.models.decoder import KV
+
+
+class StopReason(enum.IntEnum):
+    """Why a row ended."""
+
+    RUNNING = 0
+    EOS = 1
+    ANSWER = 2  # the end of the step that holds the answer marker
+    STOP_STRING = 3
+    STEPS = 4  # the most steps that a response may have
+    BUDGET = 5  # too few tokens left for another step
+    LENGTH = 6  # cut in the middle of a step
+
+
+class Stream(NamedTuple):
+    """Names the random numbers of one sampling call; equal streams draw equal tokens.
+
+    Together with a prompt's id, the row and the position it seeds each draw on its own, so a row's
+    tokens don't depend on the batch that it is drawn in. `phase` tells the calls of a step apart.
+    """
+
+    seed: int
+    step: int = 0
+    phase: int = 0
+
+
+@dataclass(frozen=True, eq=False)  # rounds are told apart by identity
+class Round:
+    """N groups of K rows each; every row continues its group's prefix.
+
+    Attributes:
+      ids: [N] the prompts' global indices, which seed the draws.
+      prefixes: N int32 arrays, the prefix tokens: the prompt, and the kept part of a response.
+      prompt_lengths: [N] tokens of each prefix that are prompt.
+      tokens: [N, K, S] int32, right-padded; the end-of-sequence token is among them.
+      lengths: [N, K] tokens drawn in each row.
+      behavior_logps: [N, K, S] float32, log-softmax(logits / T) of each token: what losses use.
+      sampling_logps: [N, K, S] float32, under the truncated distribution that was drawn from.
+      reasons: [N, K] `StopReason`.
+      version: the weights' version that drew it.
+      prefix_cache, suffix_cache: device arrays, see `models.decoder`; their group axis may be padded.
+    """
+
+    ids: np.ndarray
+    prefixes: list[np.ndarray]
+    prompt_lengths: np.ndarray
+    tokens: np.ndarray
+    lengths: np.ndarray
+    behavior_logps: np.ndarray
+    sampling_logps: np.ndarray
+    reasons: np.ndarray
+    version: int
+    prefix_cache: KV
+    suffix_cache: KV
+
+    def suffix(self, group: int, row: int) -> np.ndarray:
+        """The tokens that a row drew."""
+        return self.tokens[group, row, : self.lengths[group, row]]
+
+    def response(self, group: int, row: int) -> np.ndarray:
+        """All tokens after the prompt: kept ones and drawn ones."""
+        kept = self.prefixes[group][self.prompt_lengths[group] :]
+        return np.concatenate([kept, self.suffix(group, row)])
+
+    def prompt(self, group: int) -> np.ndarray:
+        """The prompt's tokens."""
+        return self.prefixes[group][: self.prompt_lengths[group]]
+
+
+class Snapshot(NamedTuple):
+    """A point to resume from: the first `length` tokens, prompt included, of a row of a round.
+
+    The cache is append-only, so this is all there is to it; the round must still be held.
+    """
+
+    round: Round
+    group: int
+    row: int
+    length: int
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The `length` tokens that are kept."""
+        prefix = self.round.prefixes[self.group]
+        row = self.round.suffix(self.group, self.row)
+        return np.concatenate([prefix, row])[: self.length]

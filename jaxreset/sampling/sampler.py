@@ -1,0 +1,356 @@
+"""The sampler: token ids in, token ids out, with the two verbs `sample` and `resume`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxreset.models.decoder import KV
+from jaxreset.models.policy import Policy
+from jaxreset.sampling.decoding import Draws, Limits, Start, decode, fork, prefill
+from jaxreset.sampling.rounds import Round, Snapshot, Stream
+from jaxreset.steps import Progress, StepAutomaton, replay, split_steps
+
+Tokens = Sequence[int] | np.ndarray
+
+
+class Shape(NamedTuple):
+    """Sizes that one compiled program serves: groups N, rows K, prefix slots P, suffix slots S."""
+
+    groups: int
+    rows: int
+    prefix: int
+    suffix: int
+
+
+@dataclass(frozen=True)
+class StopRules:
+    """When a response ends, besides at an end-of-sequence token or a stop string.
+
+    Attributes:
+      max_response: most tokens after the prompt, kept ones counted.
+      max_steps: most steps, kept ones counted.
+      max_step_tokens: a step ends at so many tokens; and where fewer than this many are left at the end
+        of a step, no other is begun.
+    """
+
+    max_response: int
+    max_steps: int = 2**30
+    max_step_tokens: int = 2**30
+
+
+class Sampler:
+    """Draws groups of rollouts and branches of them.
+
+    Args:
+      automaton: the step table of `steps.build_automaton`, as wide as the policy's vocabulary.
+      stop: when responses end.
+      eos_ids: end-of-sequence tokens.
+      shapes: the sizes to compile for; a call takes the smallest that holds it. None: sizes are
+        rounded up to powers of two and compiled when first met, for interactive use.
+      sharding: of arrays whose first axis is the groups; None: one device.
+    """
+
+    def __init__(
+        self,
+        automaton: StepAutomaton,
+        stop: StopRules,
+        *,
+        eos_ids: Iterable[int] = (),
+        shapes: Sequence[Shape] | None = None,
+        sharding: jax.sharding.Sharding | None = None,
+    ):
+        self.automaton = automaton
+        self.stop = stop
+        self.eos_ids = tuple(eos_ids)
+        self.shapes = None if shapes is None else sorted(set(shapes))
+        self._sharding = sharding
+        self._device_automaton = jax.device_put(automaton)
+        self._limits = Limits(
+            np.int32(stop.max_response),
+            np.int32(stop.max_steps),
+            np.int32(stop.max_step_tokens),
+            np.asarray(self.eos_ids or (-1,), np.int32),
+        )
+
+    def sample(
+        self,
+        policy: Policy,
+        prompts: Sequence[Tokens],
+        *,
+        rows: int,
+        stream: Stream,
+        ids: Sequence[int] | None = None,
+        first_rows: Sequence[int] | None = None,
+        kept: Sequence[int] | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        max_new: int | None = None,
+    ) -> Round:
+        """Draws `rows` responses to each prompt.
+
+        Args:
+          policy: whose weights draw.
+          prompts: N rows of token ids, each of at least one token.
+          rows: K, responses to each prompt.
+          stream: names the random numbers.
+          ids: [N] global index of each prompt, part of its random numbers' name; default 0, 1, ...
+          first_rows: [N] number of the group's first row, where a prompt has several groups in this
+            stream and each must draw differently; default 0.
+          kept: [N] how many of each prompt's last tokens are the kept part of a response (which counts
+            towards the limits); default 0. This is a reset without a cache: it is prefilled.
+          temperature: 0 is greedy.  top_p, top_k: truncation; 1 and 0 keep all.
+          max_new: most tokens to draw in each row; default: up to the response limit.
+
+        Returns:
+          A `Round`, in the order of `prompts`.
+
+        Raises:
+          ValueError: an empty prompt, or more than any of `shapes` holds (both named with sizes).
+        """
+        prompts = [np.asarray(p, np.int32) for p in prompts]
+        kept = [0] * len(prompts) if kept is None else kept
+        ids = range(len(prompts)) if ids is None else ids
+        draws = self._draws(stream, temperature, top_p, top_k, max_new)
+        shape = self._shape(prompts, rows)
+        return self._prefill_and_draw(policy, shape, prompts, kept, ids, first_rows, draws)
+
+    def resume(
+        self,
+        policy: Policy,
+        snapshots: Sequence[Snapshot],
+        *,
+        rows: int,
+        stream: Stream,
+        first_rows: Sequence[int] | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        max_new: int | None = None,
+    ) -> Round:
+        """Draws `rows` continuations from each snapshot, all of one round, prefilling nothing.
+
+        The parent round is only read. Arguments, result and errors are `sample`'s; moreover:
+
+        Raises:
+          ValueError: snapshots of several rounds, of weights that have since been updated, or of a
+            length outside the row.
+        """
+        parent = snapshots[0].round
+        for s in snapshots:
+            if s.round is not parent:
+                raise ValueError(
+                    "snapshots: expected all of one round; resume each round by itself"
+                )
+            longest = len(parent.prefixes[s.group]) + int(parent.lengths[s.group, s.row])
+            if not parent.prompt_lengths[s.group] <= s.length <= longest:
+                raise ValueError(
+                    f"snapshot length {s.length}: row {s.row} of group {s.group} has a prompt of "
+                    f"{parent.prompt_lengths[s.group]} tokens and ends at {longest}"
+                )
+        if parent.version != policy.version:
+            raise ValueError(
+                f"snapshots were drawn by weights of version {parent.version}, the policy is at "
+                f"version {policy.version}: their keys and values are stale; sample again"
+            )
+        draws = self._draws(stream, temperature, top_p, top_k, max_new)
+        shape = self._shape([s.tokens for s in snapshots], rows)
+        return self._fork_and_draw(policy, shape, parent, snapshots, first_rows, draws)
+
+    def steps(self, response: Tokens) -> list[tuple[int, int]]:
+        """Spans [start, end) of a response's steps, in tokens after the prompt."""
+        return split_steps(
+            self.automaton,
+            np.asarray(response),
+            max_step_tokens=self.stop.max_step_tokens,
+            eos_ids=self.eos_ids,
+        )
+
+    def snapshot(self, round_: Round, group: int, row: int, *, before_step: int) -> Snapshot:
+        """The point before step `before_step` (1 is the first) of a row's response.
+
+        Raises:
+          ValueError: the response has no such step.
+        """
+        spans = self.steps(round_.response(group, row))
+        if not 1 <= before_step <= len(spans):
+            raise ValueError(
+                f"before_step={before_step}: row {row} of group {group} has steps 1 to {len(spans)}"
+            )
+        length = int(round_.prompt_lengths[group]) + spans[before_step - 1][0]
+        return Snapshot(round_, group, row, length)
+
+    def compile(
+        self, policy: Policy, shapes: Iterable[Shape], forks: Iterable[tuple[Shape, Shape]] = ()
+    ) -> None:
+        """Compiles all that `sample` in `shapes`, and `resume` from one shape into another, will need.
+
+        Each program runs once on padding, which ends at once.
+
+        Args:
+          policy: one of the policies that will be sampled from.
+          shapes: for `sample`.
+          forks: (parent, child) for `resume`; a parent is one of `shapes` or an earlier child.
+        """
+        draws = self._draws(Stream(0), 1.0, 1.0, 0, None)
+        rounds = {s: self._prefill_and_draw(policy, s, [], [], [], None, draws) for s in shapes}
+        for parent, child in forks:
+            rounds[child] = self._fork_and_draw(policy, child, rounds[parent], [], None, draws)
+
+    def _prefill_and_draw(
+        self,
+        policy: Policy,
+        shape: Shape,
+        prompts: list[np.ndarray],
+        kept: Sequence[int],
+        ids: Sequence[int],
+        first_rows: Sequence[int] | None,
+        draws: Draws,
+    ) -> Round:
+        tokens = np.zeros((shape.groups, shape.prefix), np.int32)
+        for n, prompt in enumerate(prompts):
+            tokens[n, : len(prompt)] = prompt
+        cache = prefill(policy.params, self._put(tokens), graph=policy.graph)
+        prompt_lengths = [len(p) - k for p, k in zip(prompts, kept, strict=True)]
+        return self._draw(policy, shape, cache, prompts, prompt_lengths, ids, first_rows, draws)
+
+    def _fork_and_draw(
+        self,
+        policy: Policy,
+        shape: Shape,
+        parent: Round,
+        snapshots: Sequence[Snapshot],
+        first_rows: Sequence[int] | None,
+        draws: Draws,
+    ) -> Round:
+        groups, rows = np.zeros((2, shape.groups), np.int32)
+        groups[: len(snapshots)] = [s.group for s in snapshots]
+        rows[: len(snapshots)] = [s.row for s in snapshots]
+        lengths = np.zeros(parent.prefix_cache.keys.shape[1], np.int32)
+        lengths[: len(parent.prefixes)] = [len(p) for p in parent.prefixes]
+        cache = fork(
+            parent.prefix_cache,
+            parent.suffix_cache,
+            self._put(lengths),
+            self._put(groups),
+            self._put(rows),
+            size=shape.prefix,
+        )
+        prefixes = [s.tokens for s in snapshots]
+        prompt_lengths = [int(parent.prompt_lengths[s.group]) for s in snapshots]
+        ids = [int(parent.ids[s.group]) for s in snapshots]
+        return self._draw(policy, shape, cache, prefixes, prompt_lengths, ids, first_rows, draws)
+
+    def _draw(
+        self,
+        policy: Policy,
+        shape: Shape,
+        cache: KV,
+        prefixes: list[np.ndarray],
+        prompt_lengths: Sequence[int],
+        ids: Sequence[int],
+        first_rows: Sequence[int] | None,
+        draws: Draws,
+    ) -> Round:
+        count = len(prefixes)
+        drawn, suffix_cache = decode(
+            policy.params,
+            cache,
+            self._start(shape, prefixes, prompt_lengths, ids, first_rows),
+            self._device_automaton,
+            self._limits,
+            draws,
+            graph=policy.graph,
+            rows=shape.rows,
+            size=shape.suffix,
+        )
+        drawn = jax.device_get(drawn)
+        return Round(
+            ids=np.asarray(ids, np.int64),
+            prefixes=prefixes,
+            prompt_lengths=np.asarray(prompt_lengths, np.int64),
+            **{field: value[:count] for field, value in drawn._asdict().items()},
+            version=policy.version,
+            prefix_cache=cache,
+            suffix_cache=suffix_cache,
+        )
+
+    def _start(
+        self,
+        shape: Shape,
+        prefixes: list[np.ndarray],
+        prompt_lengths: Sequence[int],
+        ids: Sequence[int],
+        first_rows: Sequence[int] | None,
+    ) -> Start:
+        count = len(prefixes)
+        lengths, last, numbers, first, used, state, steps, step_tokens = np.zeros(
+            (8, shape.groups), np.int32
+        )
+        answered = np.zeros(shape.groups, bool)
+        lengths[:count] = [len(p) for p in prefixes]
+        lengths[count:] = 1
+        last[:count] = [p[-1] for p in prefixes]
+        numbers[:count] = ids
+        first[:count] = 0 if first_rows is None else first_rows
+        used[:count] = lengths[:count] - np.asarray(prompt_lengths, np.int32)
+        for n in np.flatnonzero(used):
+            progress = replay(
+                self.automaton,
+                prefixes[n][prompt_lengths[n] :],
+                max_step_tokens=self.stop.max_step_tokens,
+            )
+            state[n], steps[n], step_tokens[n], answered[n] = progress
+        start = Start(
+            prefix_lengths=lengths,
+            last_tokens=last,
+            ids=numbers,
+            first_rows=first,
+            progress=Progress(state, steps, step_tokens, answered),
+            used=used,
+            live=np.arange(shape.groups) < count,
+        )
+        return jax.tree.map(self._put, start)
+
+    def _draws(
+        self, stream: Stream, temperature: float, top_p: float, top_k: int, max_new: int | None
+    ) -> Draws:
+        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+            raise ValueError(
+                f"temperature={temperature}, top_p={top_p}, top_k={top_k}: expected temperature >= 0, "
+                "0 < top_p <= 1 and top_k >= 0"
+            )
+        return Draws(
+            np.float32(temperature),
+            np.float32(top_p),
+            np.int32(top_k),
+            np.int32(self.stop.max_response if max_new is None else max_new),
+            np.uint32(stream.seed),
+            np.uint32(stream.step),
+            np.uint32(stream.phase),
+        )
+
+    def _shape(self, prefixes: Sequence[np.ndarray], rows: int) -> Shape:
+        """The smallest shape that holds N prefixes and `rows` rows each."""
+        longest, shortest = max(map(len, prefixes)), min(map(len, prefixes))
+        if shortest < 1:
+            raise ValueError("prompts: one is empty; expected at least one token to continue from")
+        if self.shapes is None:
+            rounded = (1 << (n - 1).bit_length() for n in (len(prefixes), longest))
+            groups, prefix = rounded
+            return Shape(groups, rows, prefix, self.stop.max_response)
+        for shape in self.shapes:
+            if shape.rows == rows and shape.groups >= len(prefixes) and shape.prefix >= longest:
+                return shape
+        raise ValueError(
+            f"{len(prefixes)} groups of {rows} rows with prefixes of up to {longest} tokens fit none "
+            f"of the compiled shapes {[tuple(s) for s in self.shapes]} (groups, rows, prefix, suffix)"
+        )
+
+    def _put(self, x: Any) -> Any:
+        return jax.device_put(x, self._sharding)

@@ -1,0 +1,1 @@
+"""What is learnt: problems, their prompts and the verifiers that score a response."""

@@ -1,0 +1,132 @@
+r"""The embedded task: running sums modulo 10, one number a line.
+
+Each number of a problem has a letter; each line of a response repeats letter and number, and gives
+the sum so far.
+
+    prompt   a3b8c5      response   a3=3       localisation   a3b8c5
+                                    b8=1                      1:a3=3
+                                    c5=6                      2:b8=2
+                                    \boxed{6}                3:c5=7
+                                                              4:\boxed{7}
+                                                              ?             answer   \boxed{2}
+
+A problem needs no file, and the checker knows the first wrong step. The demonstrations make
+mistakes and carry them on, so a policy that imitates them errs at a chosen rate at every step:
+what resets are for.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from jaxreset.tasks.base import Problem, Scores
+
+LETTERS = "abcdefghi"
+TOKENIZER = Path(str(resources.files("jaxreset.tasks") / "chain_tokenizer"))
+
+
+class ChainProblems(Sequence[Problem]):
+    """Generated problems; number i is always the same, and no question is in both splits.
+
+    Args:
+      split: `"train"` or `"test"`.
+      size: how many.
+      min_terms, max_terms: numbers added, drawn uniformly.
+    """
+
+    def __init__(
+        self, split: Literal["train", "test"], size: int, *, min_terms: int, max_terms: int
+    ):
+        self.split, self.size = split, size
+        self.min_terms, self.max_terms = min_terms, max_terms
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Problem:  # type: ignore[override]
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        rng = np.random.default_rng((index, self.split == "test"))
+        while True:
+            terms = rng.integers(0, 10, rng.integers(self.min_terms, self.max_terms + 1))
+            question = "".join(f"{letter}{n}" for letter, n in zip(LETTERS, terms, strict=False))
+            if (zlib.crc32(question.encode()) % 10 == 0) == (self.split == "test"):
+                answer = str(int(terms.sum()) % 10)
+                return Problem(f"{self.split}:{index}", question, answer)
+
+
+@dataclass(frozen=True)
+class ChainTask:
+    """Prompts, demonstrations and checker of the running sums.
+
+    Attributes:
+      min_terms, max_terms: numbers in a problem.
+      mistakes: the share of sums that go wrong in demonstrations.
+    """
+
+    min_terms: int = 3
+    max_terms: int = 8
+    mistakes: float = 0.08
+    name: str = "chain"
+    delimiter: str = "\n"
+    answer_marker: str = "\\boxed{"
+
+    def problems(self, split: Literal["train", "test"], size: int) -> ChainProblems:
+        """`size` problems of a split."""
+        return ChainProblems(split, size, min_terms=self.min_terms, max_terms=self.max_terms)
+
+    def prompt(self, problem: Problem) -> str:
+        """The lettered numbers, on a line of their own."""
+        return problem.question + "\n"
+
+    def localization(self, problem: Problem, steps: Sequence[str]) -> str:
+        """The problem, the numbered steps and a question mark; answered by `\\boxed{N}`."""
+        numbered = "".join(f"{n}:{step}\n" for n, step in enumerate(steps, 1))
+        return f"{problem.question}\n{numbered}?\n"
+
+    def score(self, items: Sequence[tuple[Problem, str]]) -> Scores:
+        """1 where the last line is the boxed sum, else 0; the lines before it don't count."""
+        right = [
+            text.rstrip("\n").rpartition("\n")[2] == f"\\boxed{{{problem.answer}}}"
+            for problem, text in items
+        ]
+        return Scores(np.array(right, np.float64), ())
+
+    def first_wrong_step(self, problem: Problem, steps: Sequence[str]) -> int | None:
+        """The first step that isn't the one right step there; the last where all are right."""
+        right = self.solution(problem)
+        for number, step in enumerate(steps, 1):
+            if number > len(right) or step.strip() != right[number - 1]:
+                return number
+        return max(len(steps), 1)
+
+    def solution(self, problem: Problem, *, rng: np.random.Generator | None = None) -> list[str]:
+        """The steps of a solution; with `rng`, each sum errs with probability `mistakes`."""
+        total, lines = 0, []
+        for letter, number in zip(problem.question[::2], problem.question[1::2], strict=True):
+            total = (total + int(number)) % 10
+            if rng is not None and rng.random() < self.mistakes:
+                total = int(total + rng.integers(1, 10)) % 10
+            lines.append(f"{letter}{number}={total}")
+        return [*lines, f"\\boxed{{{total}}}"]
+
+    def demonstration(self, problem: Problem, rng: np.random.Generator) -> tuple[str, str]:
+        """A (prompt, completion) to imitate: half of them solve, half name a first wrong step."""
+        if rng.random() < 0.5:
+            return self.prompt(problem), "".join(f"{s}\n" for s in self.solution(problem, rng=rng))
+        right = self.solution(problem)
+        steps = right
+        while steps == right:
+            steps = self.solution(problem, rng=rng)
+        step = self.first_wrong_step(problem, steps)
+        return self.localization(problem, steps), f"\\boxed{{{step}}}"
+
+    def close(self) -> None:
+        """Nothing to end."""

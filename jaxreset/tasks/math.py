@@ -1,0 +1,127 @@
+r"""Mathematics: word problems and competition problems whose final answer can be compared.
+
+The prompts are text files, shipped in `prompts/` or given by the user. `{problem}`, `{steps}`,
+`{count}` and `{delimiter}` in them are replaced, in one pass; every other brace stands for itself,
+so LaTeX needs no escaping.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+from jaxreset.tasks.answers import prepare_verifier, same_answer
+from jaxreset.tasks.base import Problem, Scores
+from jaxreset.tasks.workers import RewardWorkers
+
+_SOLVE_FIELDS = ("problem",)
+_LOCALIZE_FIELDS = ("problem", "steps", "count")
+
+
+class MathTask:
+    r"""A `Task` whose steps end with `</thought>` and whose answer stands in `\boxed{}`.
+
+    A reward is 1.0 (the problem's answer) or 0.0, so an attempt below 0.5 has failed. The task
+    can't tell the true first wrong step.
+
+    Args:
+        solve_template: file to use instead of the shipped `solve.txt`; must contain `{problem}`.
+        localize_template: file to use instead of `localize.txt`; must contain `{problem}`,
+            `{steps}` and `{count}`.
+        processes: how many reward workers compare answers.
+        cpu_seconds: CPU time that one comparison may take, else it scores 0.
+
+    Raises:
+        FileNotFoundError: naming a template that isn't there.
+        ValueError: naming a template and the placeholders it lacks.
+    """
+
+    name = "math"
+    delimiter = "</thought>"
+    answer_marker = r"\boxed{"
+
+    def __init__(
+        self,
+        *,
+        solve_template: str | Path | None = None,
+        localize_template: str | Path | None = None,
+        processes: int = 2,
+        cpu_seconds: float = 5.0,
+    ):
+        self._solve = _template("solve_template", solve_template, "solve.txt", _SOLVE_FIELDS)
+        self._localize = _template(
+            "localize_template", localize_template, "localize.txt", _LOCALIZE_FIELDS
+        )
+        self._workers = RewardWorkers(
+            score_answer, processes=processes, cpu_seconds=cpu_seconds, prepare=prepare_verifier
+        )
+
+    def prompt(self, problem: Problem) -> str:
+        """The text that the policy continues, one step at a time."""
+        return _fill(self._solve, {"problem": problem.question, "delimiter": self.delimiter})
+
+    def localization(self, problem: Problem, steps: Sequence[str]) -> str:
+        r"""The question which of `steps` is the first wrong one, to be answered by one `\boxed{N}`.
+
+        Args:
+            problem: the problem; its answer is not shown.
+            steps: the failed response's steps, with or without the delimiter that ends them; at
+                least one.
+
+        Raises:
+            ValueError: without a step.
+        """
+        if not steps:
+            raise ValueError(f"problem {problem.id!r}: steps is empty; expected at least one")
+        numbered = (
+            f"Step {number}: {step.strip().removesuffix(self.delimiter).strip() or '(empty)'}"
+            for number, step in enumerate(steps, start=1)
+        )
+        values = {
+            "problem": problem.question,
+            "steps": "\n\n".join(numbered),
+            "count": str(len(steps)),
+        }
+        return _fill(self._localize, values | {"delimiter": self.delimiter})
+
+    def score(self, items: Sequence[tuple[Problem, str]]) -> Scores:
+        """Rewards of (problem, response text) pairs; see `RewardWorkers.score` for its errors."""
+        # A delimiter right behind an unboxed answer is no part of it.
+        return self._workers.score([(p, text.replace(self.delimiter, "\n")) for p, text in items])
+
+    def first_wrong_step(self, problem: Problem, steps: Sequence[str]) -> int | None:
+        """None: only the final answer is known."""
+        return None
+
+    def close(self) -> None:
+        """Ends the reward workers; a later `score` starts them again."""
+        self._workers.close()
+
+
+def score_answer(problem: Problem, response: str) -> float:
+    """The reward of one response, 1.0 or 0.0. Runs in a reward worker: its time is unbounded."""
+    return float(same_answer(response, problem.answer))
+
+
+def _template(argument: str, path: str | Path | None, shipped: str, fields: Sequence[str]) -> str:
+    """The text of a template, checked for its placeholders."""
+    if path is None:
+        source, name = resources.files("jaxreset.tasks") / "prompts" / shipped, shipped
+    else:
+        source, name = Path(path), str(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"{argument}: no such file: {name}")
+    text = source.read_text(encoding="utf-8")
+    missing = [f"{{{field}}}" for field in fields if f"{{{field}}}" not in text]
+    if missing:
+        raise ValueError(
+            f"{argument}: {name} lacks {', '.join(missing)}; put each where its text belongs"
+        )
+    return text
+
+
+def _fill(template: str, values: Mapping[str, str]) -> str:
+    """`template` with each `{name}` of `values` replaced; braces in the values stay as they are."""
+    return re.sub(rf"\{{({'|'.join(values)})\}}", lambda match: values[match[1]], template)

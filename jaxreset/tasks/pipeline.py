@@ -1,0 +1,140 @@
+"""From a config's `task` and `data` to batches of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from jaxreset.tasks.base import Problem, Task
+from jaxreset.tasks.chain import ChainTask
+from jaxreset.tasks.math import MathTask
+from jaxreset.tasks.records import load_problems
+
+
+class Prompt(NamedTuple):
+    """A problem of a batch: its tokens [p] int32, and the number that seeds its draws."""
+
+    problem: Problem
+    tokens: np.ndarray
+    index: int
+
+
+class Problems(NamedTuple):
+    """The two splits."""
+
+    train: Sequence[Problem]
+    test: Sequence[Problem]
+
+
+def chain_problems(task: ChainTask, *, train_size: int, test_size: int) -> Problems:
+    """Generated problems; the test ones never occur among the training ones."""
+    return Problems(task.problems("train", train_size), task.problems("test", test_size))
+
+
+def read_problems(path: str, eval_path: str | None, *, test_size: int) -> Problems:
+    """Problems of a file; without `eval_path`, the last of them (at most a tenth) are held out.
+
+    Raises:
+      FileNotFoundError, ValueError: see `records.load_problems`.
+    """
+    train = load_problems(path)
+    if eval_path is not None:
+        return Problems(train, load_problems(eval_path)[:test_size])
+    held_out = min(test_size, max(len(train) // 10, 1))
+    return Problems(train[:-held_out], train[-held_out:])
+
+
+@dataclass
+class Overlong:
+    """How many problems had prompts over the limit, and the longest prompt."""
+
+    dropped: int = 0
+    longest: int = 0
+
+
+def fit_prompts(
+    problems: Sequence[Problem], task: Task, tokenizer: Any, limit: int, *, refuse: bool
+) -> tuple[Sequence[Problem], Overlong]:
+    """Leaves out problems whose prompt has more than `limit` tokens.
+
+    Generated problems are bounded by construction: only the first hundred are looked at, and an
+    overlong one is refused.
+
+    Raises:
+      ValueError: an overlong prompt with `refuse`, or no problem left; with the numbers.
+    """
+    generated = not isinstance(problems, list)
+    looked_at = [problems[i] for i in range(min(len(problems), 100))] if generated else problems
+    encoded = tokenizer([task.prompt(p) for p in looked_at])["input_ids"]
+    lengths = np.array([len(ids) for ids in encoded])
+    over = np.flatnonzero(lengths > limit)
+    found = Overlong(len(over), int(lengths.max(initial=0)))
+    if len(over) and (refuse or generated):
+        first = looked_at[over[0]]
+        raise ValueError(
+            f"{len(over)} of {len(looked_at)} prompts exceed sampling.max_prompt_tokens={limit}; the "
+            f"first is {first.id} with {lengths[over[0]]} tokens, the longest has {found.longest}; "
+            "raise the limit or set data.overlong=drop"
+        )
+    if generated:
+        return problems, found
+    kept = [p for p, length in zip(problems, lengths, strict=True) if length <= limit]
+    if not kept:
+        raise ValueError(
+            f"all {len(problems)} prompts exceed sampling.max_prompt_tokens={limit} (the shortest has "
+            f"{lengths.min(initial=0)} tokens); raise the limit"
+        )
+    return kept, found
+
+
+class PromptStream:
+    """An endless, shuffled stream of prompts; its whole state is `position`.
+
+    Each pass over the problems has an order of its own, and each prompt of the stream a number of its
+    own, so that a problem met again draws other random numbers.
+
+    Args:
+      problems: of one split.
+      seed: of the shuffle.
+    """
+
+    def __init__(self, problems: Sequence[Problem], task: Task, tokenizer: Any, *, seed: int):
+        source: Any = problems
+        self._order = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+        self._task = task
+        self._tokenizer = tokenizer
+        self.position = 0
+
+    def next(self, count: int) -> list[Prompt]:
+        """The next `count` prompts."""
+        numbers = range(self.position, self.position + count)
+        self.position += count
+        return encode_prompts(
+            [self._order[i] for i in numbers], self._task, self._tokenizer, numbers
+        )
+
+
+def encode_prompts(
+    problems: Sequence[Problem], task: Task, tokenizer: Any, numbers: Sequence[int]
+) -> list[Prompt]:
+    """Prompts of given problems, numbered as given."""
+    return [
+        Prompt(p, np.asarray(tokenizer.encode(task.prompt(p)), np.int32), n)
+        for p, n in zip(problems, numbers, strict=True)
+    ]
+
+
+def make_task(config: Any) -> Task:
+    """The task of a `config.TaskConfig`."""
+    if config.name == "chain":
+        return ChainTask(config.min_terms, config.max_terms, config.mistakes)
+    return MathTask(
+        solve_template=config.solve_prompt,
+        localize_template=config.localize_prompt,
+        processes=config.processes,
+        cpu_seconds=config.cpu_seconds,
+    )

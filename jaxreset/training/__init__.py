@@ -1,0 +1,1 @@
+"""Collecting groups, updating the policy, and the run around them."""

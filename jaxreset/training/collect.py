@@ -1,0 +1,366 @@
+"""One step's rollouts: base round, verification, reset rule, reset rounds, as an `Objective` says.
+
+prompts ─sample─▶ base round ─score─▶ seeds ─rule─▶ snapshots ─resume─▶ reset round ─score─▶ …
+                                        ▲                                              │
+                                        └────────────── next rung ─────────────────────┘
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from jaxreset.groups import Group
+from jaxreset.models.policy import Policy
+from jaxreset.objectives import Objective
+from jaxreset.resets import RULES, Failure, parse_answer
+from jaxreset.sampling.rounds import Round, Snapshot, StopReason, Stream
+from jaxreset.tasks.base import Task
+from jaxreset.tasks.pipeline import Prompt
+
+FAILED_BELOW = 0.5  # a score under it is a failure
+
+
+class Rounds(Protocol):
+    """What collecting needs of a sampler; see `sampling.Sampler`."""
+
+    def sample(self, policy: Policy, prompts: Sequence[np.ndarray], **options: Any) -> Round: ...
+    def resume(self, policy: Policy, snapshots: Sequence[Snapshot], **options: Any) -> Round: ...
+    def steps(self, response: np.ndarray) -> list[tuple[int, int]]: ...
+
+
+class Localizer(Protocol):
+    """Answers localisation questions; see `localize.PolicyLocalizer`."""
+
+    def __call__(
+        self,
+        policy: Policy,
+        questions: Sequence[str],
+        *,
+        stream: Stream,
+        ids: Sequence[int],
+        first_rows: Sequence[int],
+    ) -> tuple[list[str], int]:
+        """The answers' texts, and the number of tokens sampled for them."""
+
+
+@dataclass
+class Collected:
+    """A step's groups, its reset trees as JSON objects (one a prompt), and metrics."""
+
+    groups: list[Group]
+    trees: list[dict[str, Any]]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Draws and scores the groups of a batch of prompts.
+
+    Attributes:
+      objective: which groups.
+      rounds: the sampler.
+      task: scores responses.
+      decode: token ids -> text, special tokens left out.
+      localizer: answers the localisation question; the rule `self` needs it.
+      draw: `temperature`, `top_p` and `top_k` of the rollouts.
+    """
+
+    objective: Objective
+    rounds: Rounds
+    task: Task
+    decode: Callable[[np.ndarray], str]
+    localizer: Localizer | None = None
+    draw: dict[str, Any] = field(default_factory=dict)
+
+    def collect(
+        self, policy: Policy, prompts: Sequence[Prompt], *, seed: int, step: int
+    ) -> Collected:
+        """Draws all groups of one step.
+
+        Args:
+          policy: whose weights draw.
+          prompts: the batch.
+          seed, step: with each prompt's index, they name every random number.
+        """
+        return _Step(self, policy, prompts, seed, step).run()
+
+
+class _Rollout(NamedTuple):
+    """A scored row of a round."""
+
+    round: Round
+    group: int
+    row: int
+    number: int  # among its prompt's rows of its phase
+    text: str
+    reward: float
+
+    @property
+    def failed(self) -> bool:
+        return self.reward < FAILED_BELOW
+
+    @property
+    def response(self) -> np.ndarray:
+        return self.round.response(self.group, self.row)
+
+
+class _Reset(NamedTuple):
+    """A planned reset group: of which prompt, from which failed rollout (None: from the prompt)."""
+
+    prompt: int
+    snapshot: Snapshot
+    seed: _Rollout | None
+    step: int
+
+
+class _Step:
+    """The state of one step; each method is one box of the picture above."""
+
+    def __init__(
+        self, to: Collector, policy: Policy, prompts: Sequence[Prompt], seed: int, step: int
+    ):
+        self.to, self.policy, self.prompts = to, policy, prompts
+        self.objective = to.objective
+        # Phases: 0 the base round, then for each rung one of the localiser and one of the resets.
+        self.stream = Stream(seed, step, phase=0)
+        self.values: defaultdict[str, list[float]] = defaultdict(list)
+        self.totals: Counter[str] = Counter({"tokens_sampled": 0, "tokens/localizer": 0})
+        self.groups: list[list[Group]] = [[] for _ in prompts]
+        self.records: list[dict[str, Any]] = [
+            {"index": p.index, "problem": p.problem.id, "question": p.problem.question, "groups": [],
+             "localizations": []}
+            for p in prompts
+        ]  # fmt: skip
+
+    def run(self) -> Collected:
+        rollouts = self.base_round()
+        candidates = []  # for each prompt, the failed rollouts that may be reset next
+        for n, drawn in enumerate(rollouts):
+            kept, seeds = self.split(drawn)
+            if kept:
+                self.add_group(n, kept, normalized_with=0)
+            candidates.append(seeds if self.objective.drop_seeds else self.resettable(kept))
+            self.values["reward/mean"] += [r.reward for r in drawn]
+        roots = [drawn[0] for drawn in rollouts]
+        for rung in range(self.objective.rungs if self.objective.rule else 0):
+            candidates = self.reset_round(candidates, roots, rung)
+        means = {name: float(np.mean(values)) for name, values in self.values.items()}
+        groups = [group for of_prompt in self.groups for group in of_prompt]
+        return Collected(groups, self.records, means | dict(self.totals))
+
+    def base_round(self) -> list[list[_Rollout]]:
+        """Rollouts from each prompt; where seeds are dropped, as many as it takes to find them."""
+        o = self.objective
+        everyone = range(len(self.prompts))
+        drawn = self.sample(everyone, o.first_draw, 0)
+        if not o.drop_seeds:
+            return drawn
+        short = [n for n in everyone if not self.split(drawn[n])[1]]
+        if short:
+            rest = self.sample(short, o.max_draws - o.first_draw, o.first_draw)
+            for n, rollouts in zip(short, rest, strict=True):
+                drawn[n] = drawn[n] + rollouts
+        return drawn
+
+    def split(self, drawn: list[_Rollout]) -> tuple[list[_Rollout], list[_Rollout]]:
+        """The base group, and, where they are left out of it, the seeds: all that it takes or none."""
+        o = self.objective
+        if not o.drop_seeds:
+            return drawn, []
+        seeds = [r for r in drawn if r.failed and self.spans(r)][: o.resets]
+        if len(seeds) < o.resets:
+            seeds = []
+        return [r for r in drawn if r not in seeds][: o.base], seeds
+
+    def resettable(self, group: list[_Rollout]) -> list[_Rollout]:
+        """The failed rollouts of a group that the objective may reset."""
+        o = self.objective
+        failed = [r for r in group if r.failed]
+        if o.when == "all_failed" and len(failed) < len(group):
+            return []
+        found = [r for r in failed if self.spans(r)]
+        return found[: o.resets] if o.seed_choice == "first" else found
+
+    def reset_round(
+        self, candidates: list[list[_Rollout]], roots: list[_Rollout], rung: int
+    ) -> list[list[_Rollout]]:
+        """One reset for every prompt that has candidates; returns the next rung's candidates."""
+        o = self.objective
+        steps = self.apply_rule(candidates, 1 + 2 * rung)
+        resets: list[_Reset] = []
+        for n, failed in enumerate(candidates):
+            self.values["reset/prompts"].append(bool(failed))
+            # "first" has cut the candidates already; a stable sort keeps the first of equals.
+            deepest = sorted(range(len(failed)), key=lambda i: -steps[n][i])
+            for i in deepest[: o.resets] if o.seed_choice == "deepest" else range(len(failed)):
+                resets.append(self.plan_reset(n, failed[i], steps[n][i]))
+            if not failed and o.top_up:
+                root = roots[n]
+                start = Snapshot(root.round, root.group, root.row, len(self.prompts[n].tokens))
+                resets += [_Reset(n, start, None, 1)] * o.resets
+        following: list[list[_Rollout]] = [[] for _ in self.prompts]
+        for reset, rollouts in zip(resets, self.resume(resets, 2 + 2 * rung), strict=True):
+            n = reset.prompt
+            if reset.seed is None:
+                self.add_group(n, rollouts, normalized_with=0)
+                continue
+            apart = len(self.groups[n]) + 1
+            self.add_group(n, rollouts, normalized_with=apart, reset=reset)
+            following[n] = self.resettable(rollouts)
+            self.values["reset/reward"].append(float(np.mean([r.reward for r in rollouts])))
+            self.values["reset/corrected"].append(any(not r.failed for r in rollouts))
+        return following
+
+    def apply_rule(self, candidates: list[list[_Rollout]], phase: int) -> list[list[int]]:
+        """The reset step of each candidate; the rule is called once for all."""
+        asked = [(n, rollout) for n, failed in enumerate(candidates) for rollout in failed]
+        if not asked or self.objective.rule is None:
+            return [[] for _ in candidates]
+        stream = self.stream._replace(phase=phase)
+        failures = [
+            Failure(
+                self.to.task,
+                self.prompts[n].problem,
+                self.step_texts(rollout),
+                (*stream, self.prompts[n].index, rollout.number),
+            )
+            for n, rollout in asked
+        ]
+
+        def ask(failures: Sequence[Failure]) -> list[str]:
+            if self.to.localizer is None:
+                raise ValueError("reset.rule=self asks the policy; the collector has no localizer")
+            texts, tokens = self.to.localizer(
+                self.policy,
+                [f.task.localization(f.problem, f.steps) for f in failures],
+                stream=stream,
+                ids=[self.prompts[n].index for n, _ in asked],
+                first_rows=[rollout.number for _, rollout in asked],
+            )
+            self.totals["tokens_sampled"] += tokens
+            self.totals["tokens/localizer"] += tokens
+            for (n, rollout), failure, text in zip(asked, failures, texts, strict=True):
+                answer = parse_answer(text, len(failure.steps))
+                truth = self.to.task.first_wrong_step(failure.problem, failure.steps)
+                self.values["reset/answer_boxed"].append(answer.source == "boxed")
+                if truth is not None:
+                    self.values["reset/blame_right"].append(answer.step == truth)
+                self.records[n]["localizations"].append(
+                    {"group": len(self.groups[n]) - 1, "row": rollout.row, "answer": text,
+                     "step": answer.step, "truth": truth}
+                )  # fmt: skip
+            return texts
+
+        steps = iter(RULES[self.objective.rule](failures, ask))
+        return [[next(steps) for _ in failed] for failed in candidates]
+
+    def plan_reset(self, n: int, seed: _Rollout, step: int) -> _Reset:
+        kept = self.spans(seed)[step - 1][0]
+        self.values["reset/step"].append(step)
+        self.values["reset/kept_tokens"].append(kept)
+        length = len(self.prompts[n].tokens) + kept
+        return _Reset(n, Snapshot(seed.round, seed.group, seed.row, length), seed, step)
+
+    def sample(self, members: Sequence[int], rows: int, first_row: int) -> list[list[_Rollout]]:
+        """`rows` more scored rollouts of the base phase for each of the prompts `members`."""
+        round_ = self.to.rounds.sample(
+            self.policy,
+            [self.prompts[n].tokens for n in members],
+            rows=rows,
+            stream=self.stream,
+            ids=[self.prompts[n].index for n in members],
+            first_rows=[first_row] * len(members),
+            **self.to.draw,
+        )
+        return self.score(round_, members, [first_row] * len(members))
+
+    def resume(self, resets: Sequence[_Reset], phase: int) -> list[list[_Rollout]]:
+        """Scored branches of each reset; those whose snapshots are of one round are drawn together."""
+        rows = self.objective.branches
+        # Several groups of one prompt number their rows one after the other, so that they differ.
+        prompts = [reset.prompt for reset in resets]
+        first_rows = [rows * prompts[:i].count(n) for i, n in enumerate(prompts)]
+        drawn: dict[int, list[_Rollout]] = {}
+        for parent in {id(r.snapshot.round): r.snapshot.round for r in resets}.values():
+            members = [i for i, reset in enumerate(resets) if reset.snapshot.round is parent]
+            first = [first_rows[i] for i in members]
+            round_ = self.to.rounds.resume(
+                self.policy,
+                [resets[i].snapshot for i in members],
+                rows=rows,
+                stream=self.stream._replace(phase=phase),
+                first_rows=first,
+                **self.to.draw,
+            )
+            scored = self.score(round_, [prompts[i] for i in members], first)
+            drawn.update(zip(members, scored, strict=True))
+        return [drawn[i] for i in range(len(resets))]
+
+    def score(
+        self, round_: Round, members: Sequence[int], first_rows: Sequence[int]
+    ) -> list[list[_Rollout]]:
+        """Verifies a round's rows, [N][K]; group g belongs to prompt `members[g]`."""
+        n, k = round_.lengths.shape
+        cells = [(g, r) for g in range(n) for r in range(k)]
+        texts = [self.to.decode(round_.response(g, r)) for g, r in cells]
+        problems = [self.prompts[members[g]].problem for g, _ in cells]
+        scores = self.to.task.score(list(zip(problems, texts, strict=True)))
+        self.totals["tokens_sampled"] += int(round_.lengths.sum())
+        self.totals["verifier/timeouts"] += len(scores.timeouts)
+        cut = (StopReason.BUDGET, StopReason.LENGTH, StopReason.STEPS)
+        self.values["response/cut"] += np.isin(round_.reasons, cut).ravel().tolist()
+        self.values["response/drawn_tokens"] += round_.lengths.ravel().tolist()
+        rollouts = [
+            _Rollout(round_, g, r, first_rows[g] + r, text, float(reward))
+            for (g, r), text, reward in zip(cells, texts, scores.rewards, strict=True)
+        ]
+        return [rollouts[g * k : (g + 1) * k] for g in range(n)]
+
+    def add_group(
+        self, n: int, rollouts: list[_Rollout], *, normalized_with: int, reset: _Reset | None = None
+    ) -> None:
+        first = rollouts[0]
+        prefix = first.round.prefixes[first.group]
+        group = Group(
+            prompt=n,
+            prefix=prefix,
+            suffixes=[r.round.suffix(r.group, r.row) for r in rollouts],
+            behavior_logps=[
+                r.round.behavior_logps[r.group, r.row, : r.round.lengths[r.group, r.row]]
+                for r in rollouts
+            ],
+            rewards=np.array([r.reward for r in rollouts]),
+            normalized_with=normalized_with,
+            reset_step=None if reset is None else reset.step,
+        )
+        self.groups[n].append(group)
+        self.records[n]["groups"].append(
+            {
+                "normalized_with": normalized_with,
+                "reset_step": group.reset_step,
+                "parent_row": None if reset is None or reset.seed is None else reset.seed.row,
+                "kept": self.to.decode(prefix[len(self.prompts[n].tokens) :]),
+                "rows": [
+                    {
+                        "text": r.text,
+                        "reward": r.reward,
+                        "tokens": int(r.round.lengths[r.group, r.row]),
+                        "end": StopReason(int(r.round.reasons[r.group, r.row])).name.lower(),
+                    }
+                    for r in rollouts
+                ],
+            }
+        )
+
+    def spans(self, rollout: _Rollout) -> list[tuple[int, int]]:
+        return self.to.rounds.steps(rollout.response)
+
+    def step_texts(self, rollout: _Rollout) -> list[str]:
+        response, delimiter = rollout.response, self.to.task.delimiter
+        texts = [self.to.decode(response[a:b]) for a, b in self.spans(rollout)]
+        return [text.strip().removesuffix(delimiter).strip() for text in texts]

@@ -1,0 +1,75 @@
+"""What a run would do: its config, its compiled shapes, its memory. Nothing is compiled."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jaxreset.config import Config, dump_config
+from jaxreset.models.decoder import DecoderConfig
+from jaxreset.sampling import Shape
+from jaxreset.training.setup import make_experiment
+
+
+def describe(config: Config, console: Console) -> None:
+    """Prints the resolved config, every shape that would be compiled, and what takes memory.
+
+    Raises:
+      ConfigError: as a run would.
+    """
+    experiment = make_experiment(config)
+    plan, model = experiment.plan, experiment.policy.config
+    console.print(dump_config(config), highlight=False)
+    table = Table(title="compiled shapes")
+    for column in ("program", "groups", "rows", "prefix tokens", "suffix tokens", "cache or batch"):
+        table.add_column(column, justify="left" if column == "program" else "right")
+    children = dict.fromkeys(child for _, child in plan.forks)
+    sampled = [("sample", s) for s in plan.base] + [("resume", s) for s in children]
+    if plan.localize is not None:
+        sampled.append(("localize", plan.localize))
+    sampled.append(("evaluate", plan.evaluate))
+    caches = {}
+    for name, shape in sampled:
+        caches[name] = cache_bytes(model, shape)
+        table.add_row(name, *map(str, shape), _size(caches[name]))
+    for pack in plan.pack:
+        tokens = pack.groups * (pack.prefix + pack.rows * pack.suffix)
+        table.add_row("update", *map(str, pack), f"{tokens:,} tokens")
+    console.print(table)
+
+    params = sum(
+        math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(experiment.policy.params)
+    )
+    console.print(
+        f"parameters        {_size(params)} ({params // _itemsize(model):,} of {model.dtype})"
+    )
+    console.print(f"optimizer, gradients  {_size(3 * params)}")
+    held = sum(size for name, size in caches.items() if name != "evaluate")
+    console.print(f"caches of a step  {_size(held)} at most, all rounds held")
+    train, test = len(experiment.problems.train), len(experiment.problems.test)
+    console.print(
+        f"problems          {train:,} to train on, {test:,} held out, "
+        f"{experiment.overlong.dropped} dropped (longest prompt {experiment.overlong.longest} tokens)"
+    )
+    experiment.task.close()
+
+
+def cache_bytes(model: DecoderConfig, shape: Shape) -> int:
+    """Bytes of keys and values that one sampling call holds: P + K * S slots for each group."""
+    slots = shape.groups * (shape.prefix + shape.rows * shape.suffix)
+    return 2 * model.layers * slots * model.kv_heads * model.head_dim * _itemsize(model)
+
+
+def _itemsize(model: DecoderConfig) -> int:
+    return jax.numpy.dtype(model.dtype).itemsize
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

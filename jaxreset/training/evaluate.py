@@ -1,0 +1,58 @@
+"""Accuracy on held-out problems, greedy and sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import binomtest
+
+from jaxreset.models.policy import Policy
+from jaxreset.sampling.rounds import Stream
+from jaxreset.sampling.sampler import Sampler
+from jaxreset.tasks.base import Task
+from jaxreset.tasks.pipeline import Prompt
+
+PHASE = 2**16  # of the random streams, apart from those of training
+
+
+class Accuracy(NamedTuple):
+    """A share of problems solved, with its 95% Wilson interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+
+def evaluate(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    sampler: Sampler,
+    task: Task,
+    decode: Callable[[np.ndarray], str],
+    *,
+    batch: int,
+    temperature: float,
+    seed: int,
+    step: int = 0,
+) -> Accuracy:
+    """Draws one response to each prompt and verifies it; temperature 0 is greedy."""
+    items = []
+    for first in range(0, len(prompts), batch):
+        members = prompts[first : first + batch]
+        round_ = sampler.sample(
+            policy,
+            [p.tokens for p in members],
+            rows=1,
+            stream=Stream(seed, step, PHASE),
+            ids=[p.index for p in members],
+            temperature=temperature,
+        )
+        items += [(p.problem, decode(round_.response(n, 0))) for n, p in enumerate(members)]
+    solved = int((task.score(items).rewards >= 0.5).sum())
+    interval = binomtest(solved, len(items)).proportion_ci(method="wilson")
+    return Accuracy(solved / len(items), float(interval.low), float(interval.high))

@@ -1,0 +1,116 @@
+"""A run's folder: resolved config, metrics, rollouts; where it starts again, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxreset.config import Config, ConfigError, dump_config
+
+# What may differ when a run is started again: none of it changes a result already there.
+FREE_KEYS = ("run", "checkpoint", "eval", "train.steps", "train.max_nonfinite")
+
+
+class RunFolder:
+    """`config.yaml`, `metrics.jsonl`, `rollouts/`, `checkpoints/` under one folder.
+
+    Args:
+      config: resolved; its `run.dir` names the folder, which is made if need be.
+
+    Raises:
+      ConfigError: the folder can't be written, or holds another config's run.
+    """
+
+    def __init__(self, config: Config):
+        self.path = Path(config.run.dir).expanduser().absolute()
+        self.metrics = self.path / "metrics.jsonl"
+        self.rollouts = self.path / "rollouts"
+        self.checkpoints = self.path / "checkpoints"
+        self._limit = int(config.run.rollouts_mb * 2**20)
+        try:
+            self.rollouts.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir {self.path} can't be written: {error.strerror}; name another folder"
+            ) from error
+        saved = self.path / "config.yaml"
+        if saved.exists():
+            _refuse_other_run(yaml.safe_load(saved.read_text()), config, self.path)
+        _write(saved, dump_config(config))
+
+    def cut_back(self, step: int) -> None:
+        """Drops what was written after `step`: those steps will be run again."""
+        kept = [line for line in self.history() if line["step"] <= step]
+        _write(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        for file in self.rollouts.glob("step_*.jsonl"):
+            if int(file.stem.removeprefix("step_")) > step:
+                file.unlink()
+
+    def history(self) -> list[dict[str, Any]]:
+        """The metrics so far, one object a step; a line cut short by a crash is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Appends one step's metrics."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def save_trees(self, step: int, trees: Sequence[dict[str, Any]]) -> None:
+        """Writes a step's reset trees, and drops the oldest files over the disk limit."""
+        if self._limit == 0:
+            return
+        text = "".join(json.dumps({"step": step, **tree}) + "\n" for tree in trees)
+        _write(self.rollouts / f"step_{step:06d}.jsonl", text)
+        files = sorted(self.rollouts.glob("step_*.jsonl"))
+        total = sum(file.stat().st_size for file in files)
+        while total > self._limit and files:
+            oldest = files.pop(0)
+            total -= oldest.stat().st_size
+            oldest.unlink()
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces a file at once, so that a kill leaves the old or the new one."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _refuse_other_run(saved: Any, config: Config, path: Path) -> None:
+    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    free = FREE_KEYS
+    if config.optimizer.schedule != "constant":
+        free = tuple(key for key in free if key != "train.steps")
+    differing = [
+        key
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+        and not any(key == f or key.startswith(f + ".") for f in free)
+    ]
+    if differing:
+        shown = ", ".join(
+            f"{k}: {before.get(k)!r} there, {now.get(k)!r} asked" for k in differing[:3]
+        )
+        raise ConfigError(
+            f"run.dir {path} holds another config's run ({shown}); name another run.dir, or delete it"
+        )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat

@@ -1,0 +1,242 @@
+"""From a config to the objects of a run: everything that can be refused is refused here.
+
+Nothing in this module compiles a program for a device, so a bad config costs seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxreset.config import Config, ConfigError
+from jaxreset.groups import PackShape
+from jaxreset.models.decoder import DecoderConfig
+from jaxreset.models.policy import Policy, load_policy, new_policy
+from jaxreset.objectives import Objective
+from jaxreset.parallel import make_mesh, param_shardings, rows_sharding
+from jaxreset.sampling import Sampler, Shape, StopRules
+from jaxreset.steps import build_automaton, token_bytes
+from jaxreset.tasks.base import Task
+from jaxreset.tasks.chain import TOKENIZER, ChainTask
+from jaxreset.tasks.pipeline import (
+    Overlong,
+    Problems,
+    PromptStream,
+    chain_problems,
+    encode_prompts,
+    fit_prompts,
+    make_task,
+    read_problems,
+)
+from jaxreset.training.collect import Collector
+from jaxreset.training.localize import PolicyLocalizer
+from jaxreset.training.update import LossForm
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shapes that a run compiles; nothing else is compiled once it trains.
+
+    Attributes:
+      base: shapes of `sample`, the first the base round's.
+      forks: (parent, child) shapes of `resume`.
+      localize: shape of localisation, None where no policy is asked.
+      evaluate: shape of evaluation.
+      pack: microbatch shapes of the update.
+      sets: (most sets normalised apart in a step, most rollouts in one).
+    """
+
+    base: tuple[Shape, ...]
+    forks: tuple[tuple[Shape, Shape], ...]
+    localize: Shape | None
+    evaluate: Shape
+    pack: tuple[PackShape, ...]
+    sets: tuple[int, int]
+
+
+def make_plan(config: Config, objective: Objective) -> Plan:
+    """All shapes of a run, from the limits of its config."""
+    s, o, prompts = config.sampling, objective, config.train.prompts_per_step
+    prompt, response = s.max_prompt_tokens, s.max_response_tokens
+    groups, rows = config.train.microbatch_groups, o.most_in_group
+    base = [Shape(prompts, o.first_draw, prompt, response)]
+    if o.drop_seeds and o.max_draws > o.first_draw:
+        base.append(Shape(prompts, o.max_draws - o.first_draw, prompt, response))
+    pack = [PackShape(groups, rows, prompt, response)]
+    forks, localize = [], None
+    if o.rule is not None:
+        child = Shape(prompts * o.resets, o.branches, prompt + response, response)
+        forks = [(parent, child) for parent in base]
+        if o.rungs > 1:
+            forks.append((child, child))
+        pack.append(PackShape(groups, rows, prompt + response, response))
+    if o.rule == "self":
+        ask = config.reset.localizer
+        localize = Shape(prompts, 1, ask.max_question_tokens, ask.max_tokens)
+    return Plan(
+        base=tuple(base),
+        forks=tuple(forks),
+        localize=localize,
+        evaluate=Shape(config.eval.batch, 1, prompt, response),
+        pack=tuple(pack),
+        sets=(prompts * (1 + o.rungs * o.resets), max(o.base + o.resets * o.branches, 8)),
+    )
+
+
+@dataclass
+class Experiment:
+    """What a config describes, ready to sample and to train."""
+
+    config: Config
+    objective: Objective
+    plan: Plan
+    policy: Policy
+    task: Task
+    problems: Problems
+    overlong: Overlong
+    stream: PromptStream
+    sampler: Sampler
+    collector: Collector
+    form: LossForm
+    sharding: jax.sharding.Sharding | None
+
+    @property
+    def decode(self) -> Callable[[np.ndarray], str]:
+        """Token ids -> text, special tokens left out."""
+        return self.collector.decode
+
+    def compile_sampling(self, policy: Policy) -> None:
+        """Compiles all that sampling, asking and evaluating will need."""
+        self.sampler.compile(policy, (*self.plan.base, self.plan.evaluate), self.plan.forks)
+        localizer = self.collector.localizer
+        if isinstance(localizer, PolicyLocalizer) and self.plan.localize is not None:
+            localizer.sampler.compile(policy, [self.plan.localize])
+
+    def test_prompts(self) -> list[Any]:
+        """The held-out prompts; their numbers start at 0."""
+        test = self.problems.test
+        return encode_prompts(
+            [test[i] for i in range(len(test))], self.task, self.policy.tokenizer, range(len(test))
+        )
+
+
+def make_experiment(config: Config) -> Experiment:
+    """Loads and checks all that a run needs.
+
+    Raises:
+      ConfigError: anything missing, unreadable or that doesn't fit together; names what to change.
+    """
+    try:
+        return _make_experiment(config)
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _make_experiment(config: Config) -> Experiment:
+    objective = config.make_objective()
+    plan = make_plan(config, objective)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    task = make_task(config.task)
+    problems = _problems(config, task)
+    policy = _policy(config)
+
+    refuse = config.data.overlong == "refuse"
+    limit = config.sampling.max_prompt_tokens
+    train, overlong = fit_prompts(problems.train, task, policy.tokenizer, limit, refuse=refuse)
+    test, _ = fit_prompts(problems.test, task, policy.tokenizer, limit, refuse=refuse)
+    problems = Problems(train, test)
+
+    vocab, size = token_bytes(policy.tokenizer), policy.config.vocab
+    automaton = build_automaton(
+        vocab, delimiter=task.delimiter, answer_marker=task.answer_marker, vocab_size=size
+    )
+    sharding = None
+    if mesh.size > 1:
+        sharding = rows_sharding(mesh)
+        params = jax.device_put(policy.params, param_shardings(mesh, policy.params))
+        policy = policy.with_params(params, policy.version)
+    s = config.sampling
+    shapes = {*plan.base, *(child for _, child in plan.forks), plan.evaluate}
+    sampler = Sampler(
+        automaton,
+        StopRules(s.max_response_tokens, s.max_steps, s.max_step_tokens),
+        eos_ids=policy.eos_ids,
+        shapes=list(shapes),
+        sharding=sharding,
+    )
+    localizer = None
+    if plan.localize is not None:
+        ask = config.reset.localizer
+        free_text = build_automaton(vocab, delimiter=task.delimiter, vocab_size=size)
+        localizer = PolicyLocalizer(
+            Sampler(
+                free_text,
+                StopRules(ask.max_tokens),
+                eos_ids=policy.eos_ids,
+                shapes=[plan.localize],
+                sharding=sharding,
+            ),
+            batch=plan.localize.groups,
+            prompt_limit=plan.localize.prefix,
+            temperature=ask.temperature,
+            top_p=s.top_p,
+        )
+
+    def decode(tokens: np.ndarray) -> str:
+        return policy.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    collector = Collector(
+        objective,
+        sampler,
+        task,
+        decode,
+        localizer,
+        draw={"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k},
+    )
+    assert config.loss.aggregation is not None  # resolved
+    return Experiment(
+        config=config,
+        objective=objective,
+        plan=plan,
+        policy=policy,
+        task=task,
+        problems=problems,
+        overlong=overlong,
+        stream=PromptStream(train, task, policy.tokenizer, seed=config.seed),
+        sampler=sampler,
+        collector=collector,
+        form=LossForm(config.loss.aggregation, config.loss.clip, config.loss.dual_clip),
+        sharding=sharding,
+    )
+
+
+def _problems(config: Config, task: Task) -> Problems:
+    data = config.data
+    if isinstance(task, ChainTask):
+        return chain_problems(task, train_size=data.chain_size, test_size=data.eval_size)
+    assert data.path is not None  # checked by the schema
+    return read_problems(data.path, data.eval_path, test_size=data.eval_size)
+
+
+def _policy(config: Config) -> Policy:
+    if config.model.path is not None:
+        return load_policy(config.model.path, dtype=config.model.dtype)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    fresh = config.model.fresh
+    sizes = DecoderConfig(
+        vocab=len(tokenizer),
+        layers=fresh.layers,
+        width=fresh.width,
+        heads=fresh.heads,
+        kv_heads=fresh.kv_heads,
+        head_dim=fresh.width // fresh.heads,
+        mlp=fresh.mlp,
+        dtype=config.model.dtype,
+    )
+    return new_policy(sizes, tokenizer, seed=config.seed)

@@ -1,0 +1,162 @@
+"""The optimizer side of a step: gradients summed over microbatches, then one update.
+
+Gradients are sums over rollouts; the division by the number of rollouts (or tokens) comes at the
+end, so the result doesn't depend on how groups are split into microbatches, nor on how many steps
+an update waits for groups with a gradient.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxreset.config import Optimizer
+from jaxreset.groups import GroupBatch
+from jaxreset.losses import Aggregation, policy_loss, token_logps
+from jaxreset.models.decoder import Decoder
+
+Array = jax.Array
+
+
+class TrainState(NamedTuple):
+    """What an update overwrites: parameters, optimizer state, and gradients summed so far."""
+
+    params: nnx.State
+    opt_state: optax.OptState
+    gradients: nnx.State
+
+
+class LossForm(NamedTuple):
+    """The static choices of a loss; see `losses.policy_loss`."""
+
+    aggregation: Aggregation = "sequence"
+    clip: float | tuple[float, float] | None = None
+    dual_clip: float | None = None
+
+
+def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
+    """AdamW behind a global-norm clip; `steps` is where a decaying schedule ends."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    after: optax.Schedule = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, max(steps - warmup, 1)),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, max(steps - warmup, 1)),
+    }[config.schedule]()
+    schedule = after
+    if warmup:
+        ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+        schedule = optax.join_schedules([ramp, after], [warmup])
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+    )
+
+
+def init_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    """State at step 0; optimizer moments and gradients lie where their parameters do."""
+
+    def sharding(x: Array) -> jax.sharding.Sharding:
+        return x.sharding
+
+    shardings = jax.tree.map(sharding, params)
+    replicated = jax.tree.leaves(shardings)[0]
+    if isinstance(replicated, jax.sharding.NamedSharding):
+        replicated = jax.sharding.NamedSharding(replicated.mesh, jax.sharding.PartitionSpec())
+    opt_shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, s: s,
+        jax.eval_shape(optimizer.init, params),
+        shardings,
+        transform_non_params=lambda _: replicated,
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
+    return TrainState(params, opt_state, zeros_like(params))
+
+
+@jax.jit
+def zeros_like(params: Any) -> Any:
+    """Zeros of the same shapes."""
+    return jax.tree.map(jnp.zeros_like, params)
+
+
+def batch_logps(
+    params: nnx.State, batch: GroupBatch, temperature: Array, graph: nnx.GraphDef, remat: bool
+) -> tuple[Array, Array]:
+    """Log-probabilities of a microbatch's suffixes, and the mask of tokens that exist: [N, K, S]."""
+    model: Decoder = nnx.merge(graph, params)
+    hidden = model.suffix_hidden(batch.prefix, batch.prefix_lengths, batch.rows, remat=remat)
+    logps = token_logps(hidden, model.head, batch.targets, temperature=temperature)
+    return logps, jnp.arange(batch.targets.shape[-1]) < batch.lengths[..., None]
+
+
+@partial(jax.jit, static_argnames=("graph", "form", "remat"), donate_argnames="gradients")
+def accumulate(
+    gradients: nnx.State,
+    params: nnx.State,
+    batch: GroupBatch,
+    temperature: Array,
+    *,
+    graph: nnx.GraphDef,
+    form: LossForm,
+    remat: bool,
+) -> tuple[nnx.State, Array]:
+    """Adds a microbatch's gradient, undivided, to `gradients` (donated); returns its loss, undivided."""
+
+    def loss(params: nnx.State) -> Array:
+        logps, mask = batch_logps(params, batch, temperature, graph, remat)
+        return policy_loss(
+            logps,
+            batch.advantages,
+            mask,
+            behavior_logps=batch.behavior_logps,
+            clip=form.clip,
+            dual_clip=form.dual_clip,
+            aggregation=form.aggregation,
+            normalizer=1.0,
+        )[0]
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    return jax.tree.map(jnp.add, gradients, gradient), value
+
+
+@partial(jax.jit, static_argnames=("graph", "remat"))
+def logp_gap(
+    params: nnx.State, batch: GroupBatch, temperature: Array, *, graph: nnx.GraphDef, remat: bool
+) -> tuple[Array, Array]:
+    """Sum over tokens of |trainer's - sampler's log-probability|, and the number of tokens."""
+    logps, mask = batch_logps(params, batch, temperature, graph, remat)
+    return jnp.where(mask, jnp.abs(logps - batch.behavior_logps), 0).sum(), mask.sum()
+
+
+@partial(jax.jit, static_argnames="optimizer", donate_argnames="state")
+def apply(
+    state: TrainState, normalizer: Array, *, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Array]:
+    """One optimizer step with `gradients / normalizer`, which start from 0 again.
+
+    Args:
+      state: donated.
+      normalizer: scalar float32: rollouts or tokens behind the gradients.
+      optimizer: static.
+
+    Returns:
+      The new state, and the gradient's global norm; where that isn't finite the step is skipped.
+    """
+    gradients = jax.tree.map(lambda g: g / normalizer.astype(g.dtype), state.gradients)
+    norm = optax.global_norm(gradients)
+
+    def step(_: None) -> tuple[nnx.State, optax.OptState]:
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), opt_state
+
+    def skip(_: None) -> tuple[nnx.State, optax.OptState]:
+        return state.params, state.opt_state
+
+    params, opt_state = jax.lax.cond(jnp.isfinite(norm), step, skip, None)
+    zeros = jax.tree.map(jnp.zeros_like, state.gradients)
+    return TrainState(params, opt_state, zeros), norm

@@ -1,0 +1,135 @@
+"""The decoder's ways to compute one thing agree: plain, shared prefix, cached; in float64."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from model_helpers import random_params
+
+from jaxreset.models.decoder import KV, DecoderConfig, RopeScaling
+
+WIDE = DecoderConfig(
+    vocab=19,
+    layers=2,
+    width=12,
+    heads=4,
+    kv_heads=2,
+    head_dim=6,
+    mlp=10,
+    rope_theta=100.0,
+    rope_scaling=RopeScaling(4.0, 1.0, 4.0, 16),
+    qkv_bias=True,
+    qk_norm=True,
+    tie_embeddings=False,
+    dtype="float64",
+)
+SHAPES = [(2, 3, 5, 4), (3, 1, 1, 2), (1, 2, 0, 3)]  # groups, rows, prefix slots, row slots
+# Compiling takes most of the time here.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def shared_hidden(graph, params, prefix, lengths, rows):
+    return nnx.merge(graph, params).suffix_hidden(prefix, lengths, rows)
+
+
+def plain_hidden(graph, params, sequences, lengths, rows):
+    """Each row as a sequence of its own, then cut to its own slots: [N, K, S, E]."""
+    n, k, s = rows.shape
+    hidden = nnx.merge(graph, params).hidden(sequences)
+    slots = jnp.repeat(lengths, k)[:, None] + jnp.arange(s)
+    return jnp.take_along_axis(hidden, slots[..., None], axis=1).reshape(n, k, s, -1)
+
+
+def decode(graph, params, tokens, slots, prefix, lengths, cache):
+    return nnx.merge(graph, params).decode(tokens, slots, prefix, lengths, cache)
+
+
+jitted_shared, jitted_plain, jitted_decode = (
+    quick_jit(function, static_argnums=0) for function in (shared_hidden, plain_hidden, decode)
+)
+
+
+def random_groups(shape, seed):
+    """Prefixes, rows with junk as padding, which slots count, and each row as one sequence."""
+    n, k, p, s = shape
+    rng = np.random.default_rng(seed)
+    prefix, rows = rng.integers(0, WIDE.vocab, (n, p)), rng.integers(0, WIDE.vocab, (n, k, s))
+    lengths = rng.integers(0, p + 1, n)
+    valid = np.arange(s) < rng.integers(1, s + 1, (n, k))[..., None]
+    sequences = rng.integers(0, WIDE.vocab, (n, k, p + s))
+    for i, length in enumerate(lengths):
+        sequences[i, :, :length] = prefix[i, :length]
+        sequences[i, :, length : length + s] = rows[i]
+    return prefix, lengths, rows, valid, sequences.reshape(n * k, p + s)
+
+
+@given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_a_shared_prefix_gives_the_hidden_states_of_plain_sequences(shape, seed):
+    with jax.enable_x64(True):
+        graph, params = random_params(WIDE, seed=5)
+        prefix, lengths, rows, valid, sequences = random_groups(shape, seed)
+        shared = jitted_shared(graph, params, prefix, lengths, rows)
+        plain = jitted_plain(graph, params, sequences, lengths, rows)
+        assert shared.dtype == jnp.float64
+        np.testing.assert_allclose(shared[valid], plain[valid], rtol=0, atol=1e-12)
+
+
+@given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 10**6))
+@settings(max_examples=10, deadline=None, derandomize=True)
+def test_decoding_with_a_cache_gives_the_hidden_states_of_the_update(shape, seed):
+    n, k, p, s = shape
+    with jax.enable_x64(True):
+        graph, params = random_params(WIDE, seed=5)
+        decoder = nnx.merge(graph, params)
+        prefix, lengths, rows, _, _ = random_groups(shape, seed)
+        expected = jitted_shared(graph, params, prefix, lengths, rows)
+        rng = np.random.default_rng(seed)
+        keys, values = decoder.prefill(jnp.asarray(prefix))
+        # What lies beyond a prefix, or beyond a row's slot, is junk that nobody may see.
+        beyond = (np.arange(p) >= lengths[:, None])[None, :, :, None, None]
+        shared = KV(jnp.where(beyond, 9.0, keys), jnp.where(beyond, 9.0, values))
+        junk = (WIDE.layers, n, k, s, WIDE.kv_heads, WIDE.head_dim)
+        cache = KV(jnp.asarray(rng.normal(size=junk)), jnp.asarray(rng.normal(size=junk)))
+        assert decoder.empty_cache(n, k, s).keys.shape == junk
+        # Rows start late by different delays: meanwhile, and when done, they feed a slot again.
+        delays = rng.integers(0, 3, (n, k))
+        for step in range(s + 2):
+            slots = np.clip(step - delays, 0, s - 1)
+            at = (*np.indices((n, k)), slots)
+            hidden, cache = jitted_decode(graph, params, rows[at], slots, shared, lengths, cache)
+            np.testing.assert_allclose(hidden, expected[at], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("shape", "remats"), [(SHAPES[0], (False, True)), (SHAPES[2], (False,))])
+def test_gradient_through_a_shared_prefix_equals_the_unshared_one(shape, remats):
+    with jax.enable_x64(True):
+        graph, params = random_params(WIDE, seed=5)
+        prefix, lengths, rows, valid, sequences = random_groups(shape, seed=11)
+        weights = np.random.default_rng(1).normal(size=(*rows.shape, WIDE.vocab))
+
+        def loss(hidden, decoder):
+            return jnp.where(valid[..., None], weights * (hidden @ decoder.head), 0).sum()
+
+        def shared(params, remat):
+            decoder = nnx.merge(graph, params)
+            return loss(decoder.suffix_hidden(prefix, lengths, rows, remat=remat), decoder)
+
+        def unshared(params):
+            decoder = nnx.merge(graph, params)
+            return loss(plain_hidden(graph, params, sequences, lengths, rows), decoder)
+
+        expected = jax.tree.leaves(quick_jit(jax.grad(unshared))(params))
+        for remat in remats:
+            gradient = quick_jit(jax.grad(shared), static_argnums=1)(params, remat)
+            for ours, plain in zip(jax.tree.leaves(gradient), expected, strict=True):
+                scale = np.abs(plain).max()
+                assert scale > 0
+                np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-9 * scale)

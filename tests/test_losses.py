@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from jaxreset import losses
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+FORMS = {
+    "unclipped_sequence_mean": losses.srpo_loss,
+    "clipped_token_mean": losses.grpo_loss,
+    "clipped_sequence_mean": lambda *a, **k: losses.policy_loss(*a, clip=0.2, dual_clip=3.0, **k),
+}
+
+
+def load(path):
+    case = np.load(path)
+    positions = np.arange(case["logps"].shape[1])
+    mask = (case["response_mask"] > 0) & (positions >= case["suffix_start"][:, None])
+    return case, mask
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+@pytest.mark.parametrize("form", FORMS)
+def test_losses_and_gradients_reproduce_the_published_ones(path, form):
+    case, mask = load(path)
+    with jax.enable_x64(True):
+        advantages = losses.group_advantages(jnp.asarray(case["rewards"]))
+        np.testing.assert_allclose(advantages, case["advantages"], rtol=1e-12)
+        # The published losses round the advantages to float32 on their way in.
+        advantages = advantages.astype(jnp.float32).astype(jnp.float64)
+
+        @jax.jit
+        def loss(logps):
+            return FORMS[form](
+                logps, advantages.reshape(-1), mask, behavior_logps=case["behavior_logps"]
+            )[0]
+
+        value, gradient = jax.value_and_grad(loss)(jnp.asarray(case["logps"]))
+    np.testing.assert_allclose(value, case[f"{form}_loss"], rtol=1e-10)
+    np.testing.assert_allclose(gradient, case[f"{form}_grad"], rtol=1e-10, atol=1e-14)
+
+
+def test_rrpo_is_srpo_on_the_same_groups():
+    case, mask = load(GOLDEN[0])
+    args = jnp.asarray(case["logps"]), jnp.asarray(case["advantages"]).reshape(-1), mask
+    assert losses.rrpo_loss(*args)[0] == losses.srpo_loss(*args)[0]
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("clip", [None, 0.2, (0.1, 0.3)])
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000), cut=st.integers(1, 23))
+def test_microbatches_sum_to_the_minibatch_and_padding_is_inert(aggregation, clip, seed, cut):
+    rng = np.random.default_rng(seed)
+    rows, length = 24, 6
+    mask = np.arange(length) < rng.integers(0, length + 1, rows)[:, None]
+    logps, behavior = rng.normal(-1, 0.5, (2, rows, length))
+    advantages = rng.normal(size=rows)
+    normalizer = {"sequence": rows, "token": max(mask.sum(), 1), "constant": 100.0}[aggregation]
+
+    with jax.enable_x64(True):
+
+        def loss(logps, rows):
+            return losses.policy_loss(
+                logps,
+                advantages[rows],
+                mask[rows],
+                behavior_logps=behavior[rows],
+                clip=clip,
+                aggregation=aggregation,
+                normalizer=normalizer,
+            )[0]
+
+        def run(logps, rows):
+            return jax.value_and_grad(loss)(jnp.asarray(logps[rows]), rows)
+
+        whole, whole_grad = run(logps, slice(None))
+        first, first_grad = run(logps, slice(0, cut))
+        second, second_grad = run(logps, slice(cut, None))
+        poisoned = np.where(mask, logps, np.nan)
+        dirty, dirty_grad = run(poisoned, slice(None))
+    np.testing.assert_allclose(first + second, whole, atol=1e-12)
+    np.testing.assert_allclose(np.concatenate([first_grad, second_grad]), whole_grad, atol=1e-12)
+    np.testing.assert_allclose(dirty, whole, atol=0)
+    np.testing.assert_allclose(dirty_grad, whole_grad, atol=0)
+
+
+@pytest.mark.parametrize("scale", ["std", "sample_std", "none"])
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000), size=st.integers(2, 6), padding=st.integers(0, 3))
+def test_masked_group_equals_the_subset(scale, seed, size, padding):
+    rng = np.random.default_rng(seed)
+    rewards = rng.integers(0, 3, size).astype(np.float32)
+    padded = np.concatenate([rewards, rng.normal(size=padding).astype(np.float32)])
+    where = np.arange(size + padding) < size
+    whole = losses.group_advantages(padded, where=where, scale=scale)
+    np.testing.assert_allclose(
+        whole[:size], losses.group_advantages(rewards, scale=scale), atol=1e-6
+    )
+    assert not np.any(whole[size:])
+
+
+def test_group_of_equal_rewards_has_no_advantage():
+    assert not np.any(losses.group_advantages(jnp.full((3, 4), 0.3)))
+    assert not np.any(losses.group_advantages(jnp.ones((2, 4)), where=jnp.zeros((2, 4), bool)))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 12, 1000])
+def test_chunked_logps_equal_log_softmax(chunk):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        hidden, head = (
+            jnp.asarray(rng.normal(size=(3, 4, 8))),
+            jnp.asarray(rng.normal(size=(8, 11))),
+        )
+        tokens = jnp.asarray(rng.integers(0, 11, (3, 4)))
+
+        def plain(hidden, head):
+            logps = jax.nn.log_softmax(hidden @ head / 0.7)
+            return jnp.take_along_axis(logps, tokens[..., None], -1)[..., 0]
+
+        def chunked(hidden, head):
+            return losses.token_logps(hidden, head, tokens, temperature=0.7, chunk=chunk)
+
+        def weigh(f):
+            return jax.grad(lambda *a: (f(*a) ** 2).sum(), argnums=(0, 1))(hidden, head)
+
+        np.testing.assert_allclose(chunked(hidden, head), plain(hidden, head), atol=1e-12)
+        for ours, theirs in zip(weigh(chunked), weigh(plain), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aggregation": "mean"}, "aggregation must be"),
+        ({"clip": 0.2}, "clip needs behavior_logps"),
+        ({"dual_clip": 3.0}, "dual_clip=3.0"),
+        ({"aggregation": "constant"}, "needs normalizer"),
+    ],
+)
+def test_refused_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        losses.policy_loss(jnp.zeros((2, 3)), jnp.zeros(2), jnp.ones((2, 3), bool), **options)
+
+
+def test_unknown_scale_is_refused():
+    with pytest.raises(ValueError, match="scale must be"):
+        losses.group_advantages(jnp.zeros(4), scale="max")
+
+
+def test_losses_import_neither_transformers_nor_grain():
+    code = (
+        "import sys, jaxreset.losses; print({'transformers', 'grain', 'flax'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,146 @@
+"""Folders that `load_policy` refuses: by name, and before anything is computed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_helpers import (
+    assert_same_params,
+    edit_config,
+    edit_weights,
+    fixture_folder,
+    word_tokenizer,
+)
+from safetensors.numpy import load_file, save_file
+
+from jaxreset.models.policy import load_policy
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def shard(folder):
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    placed = {name: file for file, part in parts.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    (folder / "model.safetensors").unlink()
+
+
+def lose_shard(folder):
+    shard(folder)
+    (folder / "b.safetensors").unlink()
+
+
+def truncate_shard(folder):
+    shard(folder)
+    (folder / "b.safetensors").write_bytes((folder / "b.safetensors").read_bytes()[:-1])
+
+
+def without(file):
+    return lambda folder: (folder / file).unlink()
+
+
+def overwritten(file, text):
+    return lambda folder: (folder / file).write_text(text)
+
+
+def configured(**changes):
+    return lambda folder: edit_config(folder, **changes)
+
+
+def weights(change):
+    return lambda folder: edit_weights(folder, change)
+
+
+def rope(kind, **more):
+    return configured(rope_parameters={"rope_type": kind, "rope_theta": 1e4, **more})
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+LLAMA3_KEYS = {"factor": 4.0, "high_freq_factor": 1.0, "original_max_position_embeddings": 64}
+REFUSED = [
+    (shutil.rmtree, "qwen2.*no such folder"),
+    (without("config.json"), "config.json does not exist"),
+    (overwritten("config.json", "{"), "config.json is not valid JSON"),
+    (overwritten("config.json", "[]"), "config.json holds a JSON list"),
+    (configured(model_type="mistral"), "model_type 'mistral' is not supported.*Qwen3ForCausalLM"),
+    (configured(architectures=["Qwen2ForSequenceClassification"]), "SequenceClassification"),
+    (configured(hidden_act="gelu"), "config.json: hidden_act is 'gelu'; only 'silu'"),
+    (configured(use_sliding_window=True), "use_sliding_window is True"),
+    (configured(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
+    (configured(attention_bias=True), "attention_bias is True"),
+    (configured(mlp_bias=True), "mlp_bias is True"),
+    (configured(quantization_config={"bits": 4}), "quantization_config"),
+    (rope("yarn", factor=4.0), "rope type 'yarn' is not supported; only default and llama3"),
+    (configured(rope_parameters=..., rope_scaling={"type": "linear"}), "rope type 'linear'"),
+    (rope("default", partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+    (rope("llama3", **LLAMA3_KEYS), "low_freq_factor is None; expected a positive number"),
+    (rope("llama3", **LLAMA3_KEYS, low_freq_factor=1.0), "high_freq_factor 1.0 must exceed"),
+    (configured(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'; expected a positive number"),
+    (configured(hidden_size=...), "hidden_size is None; expected a positive integer"),
+    (configured(num_hidden_layers=0), "num_hidden_layers is 0"),
+    (configured(num_key_value_heads=3), "num_attention_heads 4 .* num_key_value_heads 3"),
+    (configured(head_dim=7), "head_dim 7 is odd"),
+    (without("model.safetensors"), "neither model.safetensors nor model.safetensors.index.json"),
+    (truncate, "model.safetensors is truncated or damaged"),
+    (truncate_shard, "b.safetensors is truncated or damaged"),
+    (lose_shard, "b.safetensors does not exist, but model.safetensors.index.json lists it"),
+    (weights(lambda t: t.pop(Q)), f"asks for tensor {Q}, not in model.safetensors"),
+    (
+        configured(num_hidden_layers=3, layer_types=...),
+        "layers.2.input_layernorm.weight and 11 more, not in",
+    ),
+    (
+        configured(num_hidden_layers=1, layer_types=...),
+        "tensor model.layers.1.* and 11 more not part of the model",
+    ),
+    (configured(tie_word_embeddings=False), "asks for tensor lm_head.weight"),
+    (configured(head_dim=4), r"q_proj.weight is \[32, 32\]; config.json asks for \[16, 32\]"),
+    (weights(lambda t: t.update({Q: t[Q][:8]})), rf"model.safetensors: tensor {Q} is \[8, 32\]"),
+    (weights(lambda t: t.update({Q: t[Q].astype(np.int8)})), f"{Q} is stored as I8; expected"),
+    (weights(lambda t: t.update({"lora.a": t[Q]})), "model.safetensors: tensor lora.a not part"),
+    (
+        weights(lambda t: t.update({"lm_head.weight": 2 * t["model.embed_tokens.weight"]})),
+        "lm_head.weight differs .* set tie_word_embeddings to false",
+    ),
+    (without("tokenizer.json"), "holds no tokenizer"),
+    (overwritten("tokenizer.json", "{}"), "tokenizer can't be read"),
+    (lambda folder: word_tokenizer(70).save_pretrained(folder), "has 70 ids.*vocabulary 64"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), REFUSED, ids=[m[:40] for _, m in REFUSED])
+def test_a_damaged_folder_is_refused_by_name_and_before_computing(
+    tmp_path, monkeypatch, damage, message
+):
+    folder = fixture_folder(tmp_path)
+    damage(folder)
+    monkeypatch.setattr(jnp, "asarray", lambda *_: pytest.fail("computed before checking"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_policy(folder)
+
+
+def test_impossible_dtypes_are_refused(tmp_path):
+    folder = fixture_folder(tmp_path)
+    for dtype, message in (("int8", "dtype is 'int8'; expected one of"), ("float64", "ENABLE_X64")):
+        with pytest.raises(ValueError, match=message):
+            load_policy(folder, dtype=dtype)
+
+
+def test_harmless_extra_tensors_are_accepted(tmp_path):
+    folder = fixture_folder(tmp_path)
+    before = load_policy(folder)
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    edit_weights(folder, lambda t: t.update(extra))
+    edit_weights(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    assert_same_params(load_policy(folder).params, before.params)
