@@ -143,12 +143,15 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        init = jax.nn.initializers.normal(0.02)
-        self.embed = nnx.Param(init(rngs.params(), (config.vocab, config.width), config.dtype))
+        # Untied, a token enters the stream at the scale of what the blocks add to it.
+        scale = 0.02 if config.tie_embeddings else 1.0
+        init = jax.nn.initializers.normal
+        shape = config.vocab, config.width
+        self.embed = nnx.Param(init(scale)(rngs.params(), shape, config.dtype))
         self.blocks = Block(config, stack=config.layers, rngs=rngs)
         self.norm = RMSNorm((config.width,), config.norm_eps, config.dtype)
         if not config.tie_embeddings:
-            self.output = nnx.Param(init(rngs.params(), (config.width, config.vocab), config.dtype))
+            self.output = nnx.Param(init(0.02)(rngs.params(), shape[::-1], config.dtype))
 
     @property
     def head(self) -> Array:

@@ -237,6 +237,7 @@ def _policy(config: Config) -> Policy:
         kv_heads=fresh.kv_heads,
         head_dim=fresh.width // fresh.heads,
         mlp=fresh.mlp,
+        tie_embeddings=False,
         dtype=config.model.dtype,
     )
     return new_policy(sizes, tokenizer, seed=config.seed)
