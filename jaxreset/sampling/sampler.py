@@ -50,8 +50,9 @@ class Sampler:
       automaton: the step table of `steps.build_automaton`, as wide as the policy's vocabulary.
       stop: when responses end.
       eos_ids: end-of-sequence tokens.
-      shapes: the sizes to compile for; a call takes the smallest that holds it. None: sizes are
-        rounded up to powers of two and compiled when first met, for interactive use.
+      shapes: the sizes to compile for; `sample` takes the smallest that holds its prompts. None: sizes
+        are rounded up to powers of two and compiled when first met, for interactive use.
+      forks: (parent, child) sizes for `resume`; a parent is one of `shapes` or an earlier child.
       sharding: of arrays whose first axis is the groups; None: one device.
     """
 
@@ -62,12 +63,14 @@ class Sampler:
         *,
         eos_ids: Iterable[int] = (),
         shapes: Sequence[Shape] | None = None,
+        forks: Sequence[tuple[Shape, Shape]] = (),
         sharding: jax.sharding.Sharding | None = None,
     ):
         self.automaton = automaton
         self.stop = stop
         self.eos_ids = tuple(eos_ids)
         self.shapes = None if shapes is None else sorted(set(shapes))
+        self.forks = list(forks)
         self._sharding = sharding
         self._device_automaton = jax.device_put(automaton)
         self._limits = Limits(
@@ -117,7 +120,7 @@ class Sampler:
         kept = [0] * len(prompts) if kept is None else kept
         ids = range(len(prompts)) if ids is None else ids
         draws = self._draws(stream, temperature, top_p, top_k, max_new)
-        shape = self._shape(prompts, rows)
+        shape = self._shape(prompts, rows, self.shapes)
         return self._prefill_and_draw(policy, shape, prompts, kept, ids, first_rows, draws)
 
     def resume(
@@ -159,7 +162,10 @@ class Sampler:
                 f"version {policy.version}: their keys and values are stale; sample again"
             )
         draws = self._draws(stream, temperature, top_p, top_k, max_new)
-        shape = self._shape([s.tokens for s in snapshots], rows)
+        children = None
+        if self.shapes is not None:
+            children = [child for above, child in self.forks if above == _shape_of(parent)]
+        shape = self._shape([s.tokens for s in snapshots], rows, children)
         return self._fork_and_draw(policy, shape, parent, snapshots, first_rows, draws)
 
     def steps(self, response: Tokens) -> list[tuple[int, int]]:
@@ -185,21 +191,17 @@ class Sampler:
         length = int(round_.prompt_lengths[group]) + spans[before_step - 1][0]
         return Snapshot(round_, group, row, length)
 
-    def compile(
-        self, policy: Policy, shapes: Iterable[Shape], forks: Iterable[tuple[Shape, Shape]] = ()
-    ) -> None:
-        """Compiles all that `sample` in `shapes`, and `resume` from one shape into another, will need.
+    def compile(self, policy: Policy) -> None:
+        """Compiles all that `sample` and `resume` will need, in `shapes` and `forks`.
 
         Each program runs once on padding, which ends at once.
-
-        Args:
-          policy: one of the policies that will be sampled from.
-          shapes: for `sample`.
-          forks: (parent, child) for `resume`; a parent is one of `shapes` or an earlier child.
         """
         draws = self._draws(Stream(0), 1.0, 1.0, 0, None)
-        rounds = {s: self._prefill_and_draw(policy, s, [], [], [], None, draws) for s in shapes}
-        for parent, child in forks:
+        rounds = {
+            shape: self._prefill_and_draw(policy, shape, [], [], [], None, draws)
+            for shape in self.shapes or ()
+        }
+        for parent, child in self.forks:
             rounds[child] = self._fork_and_draw(policy, child, rounds[parent], [], None, draws)
 
     def _prefill_and_draw(
@@ -335,22 +337,32 @@ class Sampler:
             np.uint32(stream.phase),
         )
 
-    def _shape(self, prefixes: Sequence[np.ndarray], rows: int) -> Shape:
-        """The smallest shape that holds N prefixes and `rows` rows each."""
-        longest, shortest = max(map(len, prefixes)), min(map(len, prefixes))
-        if shortest < 1:
-            raise ValueError("prompts: one is empty; expected at least one token to continue from")
-        if self.shapes is None:
-            rounded = (1 << (n - 1).bit_length() for n in (len(prefixes), longest))
-            groups, prefix = rounded
+    def _shape(
+        self, prefixes: Sequence[np.ndarray], rows: int, shapes: Sequence[Shape] | None
+    ) -> Shape:
+        """The smallest of `shapes` that holds N prefixes and `rows` rows each; None: a new one."""
+        if not prefixes or min(map(len, prefixes)) < 1:
+            raise ValueError(
+                f"{len(prefixes)} prompts, of {[len(p) for p in prefixes][:8]} tokens: expected at "
+                "least one prompt, and a token in each to continue from"
+            )
+        count, longest = len(prefixes), max(map(len, prefixes))
+        if shapes is None:
+            groups, prefix = (1 << (n - 1).bit_length() for n in (count, longest))
             return Shape(groups, rows, prefix, self.stop.max_response)
-        for shape in self.shapes:
-            if shape.rows == rows and shape.groups >= len(prefixes) and shape.prefix >= longest:
+        for shape in sorted(shapes):
+            if shape.rows == rows and shape.groups >= count and shape.prefix >= longest:
                 return shape
         raise ValueError(
-            f"{len(prefixes)} groups of {rows} rows with prefixes of up to {longest} tokens fit none "
-            f"of the compiled shapes {[tuple(s) for s in self.shapes]} (groups, rows, prefix, suffix)"
+            f"{count} groups of {rows} rows with prefixes of up to {longest} tokens fit none of the "
+            f"compiled shapes {[tuple(s) for s in shapes]} (groups, rows, prefix, suffix)"
         )
 
     def _put(self, x: Any) -> Any:
         return jax.device_put(x, self._sharding)
+
+
+def _shape_of(round_: Round) -> Shape:
+    _, groups, prefix, *_ = round_.prefix_cache.keys.shape
+    _, _, rows, suffix, *_ = round_.suffix_cache.keys.shape
+    return Shape(groups, rows, prefix, suffix)

@@ -117,10 +117,14 @@ class ChainTask:
             lines.append(f"{letter}{number}={total}")
         return [*lines, f"\\boxed{{{total}}}"]
 
-    def demonstration(self, problem: Problem, rng: np.random.Generator) -> tuple[str, str]:
-        """A (prompt, completion) to imitate: half of them solve, half name a first wrong step."""
-        if rng.random() < 0.5:
-            return self.prompt(problem), "".join(f"{s}\n" for s in self.solution(problem, rng=rng))
+    def demonstrate_solution(self, problem: Problem, rng: np.random.Generator) -> tuple[str, str]:
+        """A (prompt, completion) to imitate, mistakes included."""
+        return self.prompt(problem), "".join(f"{s}\n" for s in self.solution(problem, rng=rng))
+
+    def demonstrate_localization(
+        self, problem: Problem, rng: np.random.Generator
+    ) -> tuple[str, str]:
+        """A (question, answer) about a solution with at least one mistake."""
         right = self.solution(problem)
         steps = right
         while steps == right:

@@ -111,10 +111,9 @@ class Experiment:
 
     def compile_sampling(self, policy: Policy) -> None:
         """Compiles all that sampling, asking and evaluating will need."""
-        self.sampler.compile(policy, (*self.plan.base, self.plan.evaluate), self.plan.forks)
-        localizer = self.collector.localizer
-        if isinstance(localizer, PolicyLocalizer) and self.plan.localize is not None:
-            localizer.sampler.compile(policy, [self.plan.localize])
+        self.sampler.compile(policy)
+        if isinstance(self.collector.localizer, PolicyLocalizer):
+            self.collector.localizer.sampler.compile(policy)
 
     def test_prompts(self) -> list[Any]:
         """The held-out prompts; their numbers start at 0."""
@@ -160,12 +159,12 @@ def _make_experiment(config: Config) -> Experiment:
         params = jax.device_put(policy.params, param_shardings(mesh, policy.params))
         policy = policy.with_params(params, policy.version)
     s = config.sampling
-    shapes = {*plan.base, *(child for _, child in plan.forks), plan.evaluate}
     sampler = Sampler(
         automaton,
         StopRules(s.max_response_tokens, s.max_steps, s.max_step_tokens),
         eos_ids=policy.eos_ids,
-        shapes=list(shapes),
+        shapes=[*plan.base, plan.evaluate],
+        forks=plan.forks,
         sharding=sharding,
     )
     localizer = None

@@ -27,7 +27,7 @@ def demonstration_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Batches of demonstrations: tokens [B, T], completion starts [B] and ends [B].
 
-    T is the longest demonstration's length that was met, rounded up to a multiple of 32.
+    T is the longest demonstration's length that was met, rounded up to a multiple of 16.
     """
     eos = tokenizer.eos_token_id
     for step in range(config.steps):
@@ -35,9 +35,12 @@ def demonstration_batches(
         encoded = []
         for _ in range(config.batch):
             problem = problems[int(rng.integers(len(problems)))]
-            prompt, completion = map(tokenizer.encode, task.demonstration(problem, rng))
+            # Localising is easier to learn once the sums are known.
+            solve = step < config.steps // 2 or rng.random() < 0.5
+            show = task.demonstrate_solution if solve else task.demonstrate_localization
+            prompt, completion = map(tokenizer.encode, show(problem, rng))
             encoded.append((len(prompt), [*prompt, *completion, eos]))
-        width = -(-max(len(tokens) for _, tokens in encoded) // 32) * 32
+        width = -(-max(len(tokens) for _, tokens in encoded) // 16) * 16
         tokens = np.zeros((config.batch, width), np.int32)
         for row, (_, ids) in enumerate(encoded):
             tokens[row, : len(ids)] = ids
@@ -57,14 +60,18 @@ def supervised_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
 ) -> tuple[nnx.State, optax.OptState, Array]:
-    """One step on the mean negative log-likelihood of completion tokens; see `demonstration_batches`."""
+    """One step on the negative log-likelihood of completions; see `demonstration_batches`.
+
+    It is the mean over demonstrations of each one's mean, so that a short answer to a localisation
+    question weighs as much as a long solution.
+    """
 
     def loss(params: nnx.State) -> Array:
         model: Decoder = nnx.merge(graph, params)
         logps = token_logps(model.hidden(tokens[:, :-1]), model.head, tokens[:, 1:])
         position = jnp.arange(1, tokens.shape[1])
         mask = (position >= starts[:, None]) & (position < ends[:, None])
-        return -jnp.where(mask, logps, 0).sum() / mask.sum()
+        return -(jnp.where(mask, logps, 0).sum(-1) / (ends - starts)).mean()
 
     value, gradient = jax.value_and_grad(loss)(params)
     updates, opt_state = optimizer.update(gradient, opt_state, params)
@@ -85,7 +92,7 @@ def warm_start(
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, warmup, max(config.steps, warmup + 1)
     )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95))
     params, opt_state = policy.params, jax.jit(optimizer.init)(policy.params)
     batches = demonstration_batches(task, problems, policy.tokenizer, config, seed=seed)
     for step, batch in enumerate(batches, 1):
