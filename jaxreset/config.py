@@ -127,7 +127,9 @@ class Sampling(Section):
 class Localizer(Section):
     """How the policy is asked for its first wrong step."""
 
-    temperature: NonNegativeFloat = 0.3
+    temperature: NonNegativeFloat | None = Field(
+        None, description="null: 0.3, and 0 for layout 1x8 of method=paper"
+    )
     max_tokens: PositiveInt = 8
     max_question_tokens: PositiveInt = Field(128, description="longer ones count as unanswered")
 
@@ -255,6 +257,11 @@ class Config(Section):
                 f"warm_start.steps={self.warm_start.steps}: only task.name=chain has demonstrations; "
                 "set it to 0"
             )
+        if self.warm_start.steps and self.task.mistakes == 0:
+            raise ValueError(
+                "task.mistakes=0: a warm start shows solutions with mistakes to localise; give some, "
+                "such as 0.08"
+            )
         if self.task.name == "math" and self.reset.rule == "oracle":
             raise ValueError(
                 "reset.rule=oracle: task.name=math can't tell the first wrong step; use chain, or "
@@ -308,11 +315,16 @@ class Config(Section):
         loss = loss.model_copy(
             update={"aggregation": loss.aggregation or "sequence", "advantage_scale": scale}
         )
+        reset = self.reset
+        if reset.localizer.temperature is None:
+            greedy = self.method == "paper" and reset.layout == "1x8"
+            localizer = reset.localizer.model_copy(update={"temperature": 0.0 if greedy else 0.3})
+            reset = reset.model_copy(update={"localizer": localizer})
         signal = self.train.min_signal_groups
         if signal is None:
             signal = 0 if self.method == "paper" else 4
         train = self.train.model_copy(update={"min_signal_groups": signal})
-        return self.model_copy(update={"loss": loss, "train": train})
+        return self.model_copy(update={"loss": loss, "train": train, "reset": reset})
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -78,7 +78,13 @@ def make_objective(
       ValueError: a choice that the objective doesn't have, with what to do.
     """
     if name == "grpo":
-        asked = {"rule": rule, "rungs": rungs, "when": when, "seed_choice": seed_choice}
+        asked: dict[str, object] = {
+            "rule": rule,
+            "rungs": rungs,
+            "when": when,
+            "seed_choice": seed_choice,
+        }
+        asked["layout"] = None if layout == "4+4" else layout
         if given := {k: v for k, v in asked.items() if v is not None}:
             raise ValueError(f"objective=grpo has no resets, but reset got {given}; leave them out")
         return Objective(rule=None, base=8, top_up=False)

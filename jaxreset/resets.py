@@ -26,7 +26,7 @@ class Failure:
       task: that the problem is of.
       problem: what was to be solved.
       steps: the texts of its steps, kept ones first, delimiters stripped.
-      seed: names this rollout's random numbers: (seed, step, prompt, phase, row).
+      seed: names this rollout's random numbers: (seed, step, phase, prompt, row).
     """
 
     task: Task
@@ -60,7 +60,7 @@ def blamed_step(failures: Sequence[Failure], ask: Ask) -> list[int]:
 
 
 def oracle_step(failures: Sequence[Failure], ask: Ask) -> list[int]:
-    """The true first wrong step; 1 where every step is right and only the answer is not.
+    """The true first wrong step, as the task says it.
 
     Raises:
       ValueError: the task can't tell.
@@ -107,10 +107,19 @@ def parse_answer(text: str, steps: int) -> Answer:
     >>> parse_answer("Step 2 is fine. \\\\boxed{3}", 4)
     Answer(step=3, source='boxed')
     """
-    boxed = re.findall(r"\\boxed\{\s*([^{}]*?)\s*\}", text)
-    if boxed and re.fullmatch(r"\d+", boxed[-1]) and 1 <= int(boxed[-1]) <= steps:
-        return Answer(int(boxed[-1]), "boxed")
+    _, box, inside = text.rpartition("\\boxed{")
+    boxed = re.match(r"\s*(\d+)\s*\}", inside) if box else None
+    if boxed and (step := _step_in_range(boxed[1], steps)):
+        return Answer(step, "boxed")
     mentions = re.findall(r"\bstep\s+(\d+)", text, re.IGNORECASE)
-    if mentions and 1 <= int(mentions[-1]) <= steps:
-        return Answer(int(mentions[-1]), "mention")
+    if mentions and (step := _step_in_range(mentions[-1], steps)):
+        return Answer(step, "mention")
     return Answer(1, "default")
+
+
+def _step_in_range(digits: str, steps: int) -> int | None:
+    """The step, or None outside 1 to `steps`; never converts more digits than `steps` has."""
+    digits = digits.lstrip("0")
+    if not digits or len(digits) > len(str(steps)) or int(digits) > steps:
+        return None
+    return int(digits)

@@ -78,6 +78,13 @@ class ChainTask:
     delimiter: str = "\n"
     answer_marker: str = "\\boxed{"
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_terms <= self.max_terms <= len(LETTERS):
+            raise ValueError(
+                f"min_terms={self.min_terms}, max_terms={self.max_terms}: expected 1 <= min_terms <= "
+                f"max_terms <= {len(LETTERS)}, a letter for each number"
+            )
+
     def problems(self, split: Literal["train", "test"], size: int) -> ChainProblems:
         """`size` problems of a split."""
         return ChainProblems(split, size, min_terms=self.min_terms, max_terms=self.max_terms)
@@ -125,6 +132,10 @@ class ChainTask:
         self, problem: Problem, rng: np.random.Generator
     ) -> tuple[str, str]:
         """A (question, answer) about a solution with at least one mistake."""
+        if self.mistakes <= 0:
+            raise ValueError(
+                f"mistakes={self.mistakes}: a question about mistakes needs some; give mistakes > 0"
+            )
         right = self.solution(problem)
         steps = right
         while steps == right:

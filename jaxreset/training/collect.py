@@ -109,12 +109,20 @@ class _Rollout(NamedTuple):
         return self.round.response(self.group, self.row)
 
 
+class _Place(NamedTuple):
+    """Where a prompt's record holds a rollout: a row of a group, or (None) of the dropped seeds."""
+
+    group: int | None
+    row: int
+
+
 class _Reset(NamedTuple):
-    """A planned reset group: of which prompt, from which failed rollout (None: from the prompt)."""
+    """A planned reset group: of which prompt, and from which failed rollout, by its place in the
+    record (None: from the prompt)."""
 
     prompt: int
     snapshot: Snapshot
-    seed: _Rollout | None
+    seed: _Place | None
     step: int
 
 
@@ -144,6 +152,8 @@ class _Step:
             kept, seeds = self.split(drawn)
             if kept:
                 self.add_group(n, kept, normalized_with=0)
+            if self.objective.drop_seeds:
+                self.records[n]["seeds"] = [_row_record(r) for r in seeds]
             candidates.append(seeds if self.objective.drop_seeds else self.resettable(kept))
             self.values["reward/mean"] += [r.reward for r in drawn]
         roots = [drawn[0] for drawn in rollouts]
@@ -194,11 +204,12 @@ class _Step:
         steps = self.apply_rule(candidates, 1 + 2 * rung)
         resets: list[_Reset] = []
         for n, failed in enumerate(candidates):
-            self.values["reset/prompts"].append(bool(failed))
+            if rung == 0:
+                self.values["reset/prompts"].append(bool(failed))
             # "first" has cut the candidates already; a stable sort keeps the first of equals.
             deepest = sorted(range(len(failed)), key=lambda i: -steps[n][i])
             for i in deepest[: o.resets] if o.seed_choice == "deepest" else range(len(failed)):
-                resets.append(self.plan_reset(n, failed[i], steps[n][i]))
+                resets.append(self.plan_reset(n, failed, i, steps[n][i]))
             if not failed and o.top_up:
                 root = roots[n]
                 start = Snapshot(root.round, root.group, root.row, len(self.prompts[n].tokens))
@@ -218,7 +229,11 @@ class _Step:
 
     def apply_rule(self, candidates: list[list[_Rollout]], phase: int) -> list[list[int]]:
         """The reset step of each candidate; the rule is called once for all."""
-        asked = [(n, rollout) for n, failed in enumerate(candidates) for rollout in failed]
+        asked = [
+            (n, rollout, self.place(n, failed, i))
+            for n, failed in enumerate(candidates)
+            for i, rollout in enumerate(failed)
+        ]
         if not asked or self.objective.rule is None:
             return [[] for _ in candidates]
         stream = self.stream._replace(phase=phase)
@@ -229,42 +244,50 @@ class _Step:
                 self.step_texts(rollout),
                 (*stream, self.prompts[n].index, rollout.number),
             )
-            for n, rollout in asked
+            for n, rollout, _ in asked
         ]
+        members = {f.seed: member for f, member in zip(failures, asked, strict=True)}
 
         def ask(failures: Sequence[Failure]) -> list[str]:
+            about = [members[f.seed] for f in failures]
             if self.to.localizer is None:
                 raise ValueError("reset.rule=self asks the policy; the collector has no localizer")
             texts, tokens = self.to.localizer(
                 self.policy,
                 [f.task.localization(f.problem, f.steps) for f in failures],
                 stream=stream,
-                ids=[self.prompts[n].index for n, _ in asked],
-                first_rows=[rollout.number for _, rollout in asked],
+                ids=[self.prompts[n].index for n, _, _ in about],
+                first_rows=[rollout.number for _, rollout, _ in about],
             )
             self.totals["tokens_sampled"] += tokens
             self.totals["tokens/localizer"] += tokens
-            for (n, rollout), failure, text in zip(asked, failures, texts, strict=True):
+            for (n, _, place), failure, text in zip(about, failures, texts, strict=True):
                 answer = parse_answer(text, len(failure.steps))
                 truth = self.to.task.first_wrong_step(failure.problem, failure.steps)
                 self.values["reset/answer_boxed"].append(answer.source == "boxed")
                 if truth is not None:
                     self.values["reset/blame_right"].append(answer.step == truth)
                 self.records[n]["localizations"].append(
-                    {"group": len(self.groups[n]) - 1, "row": rollout.row, "answer": text,
-                     "step": answer.step, "truth": truth}
-                )  # fmt: skip
+                    {**place._asdict(), "answer": text, "step": answer.step, "truth": truth}
+                )
             return texts
 
         steps = iter(RULES[self.objective.rule](failures, ask))
         return [[next(steps) for _ in failed] for failed in candidates]
 
-    def plan_reset(self, n: int, seed: _Rollout, step: int) -> _Reset:
+    def plan_reset(self, n: int, failed: list[_Rollout], i: int, step: int) -> _Reset:
+        seed = failed[i]
         kept = self.spans(seed)[step - 1][0]
         self.values["reset/step"].append(step)
         self.values["reset/kept_tokens"].append(kept)
         length = len(self.prompts[n].tokens) + kept
-        return _Reset(n, Snapshot(seed.round, seed.group, seed.row, length), seed, step)
+        snapshot = Snapshot(seed.round, seed.group, seed.row, length)
+        return _Reset(n, snapshot, self.place(n, failed, i), step)
+
+    def place(self, n: int, failed: list[_Rollout], i: int) -> _Place:
+        if self.objective.drop_seeds:
+            return _Place(None, i)
+        return _Place(len(self.groups[n]) - 1, failed[i].row)
 
     def sample(self, members: Sequence[int], rows: int, first_row: int) -> list[list[_Rollout]]:
         """`rows` more scored rollouts of the base phase for each of the prompts `members`."""
@@ -339,21 +362,15 @@ class _Step:
             reset_step=None if reset is None else reset.step,
         )
         self.groups[n].append(group)
+        seed = None if reset is None else reset.seed
         self.records[n]["groups"].append(
             {
                 "normalized_with": normalized_with,
                 "reset_step": group.reset_step,
-                "parent_row": None if reset is None or reset.seed is None else reset.seed.row,
+                "parent_group": None if seed is None else seed.group,
+                "parent_row": None if seed is None else seed.row,
                 "kept": self.to.decode(prefix[len(self.prompts[n].tokens) :]),
-                "rows": [
-                    {
-                        "text": r.text,
-                        "reward": r.reward,
-                        "tokens": int(r.round.lengths[r.group, r.row]),
-                        "end": StopReason(int(r.round.reasons[r.group, r.row])).name.lower(),
-                    }
-                    for r in rollouts
-                ],
+                "rows": [_row_record(r) for r in rollouts],
             }
         )
 
@@ -364,3 +381,13 @@ class _Step:
         response, delimiter = rollout.response, self.to.task.delimiter
         texts = [self.to.decode(response[a:b]) for a, b in self.spans(rollout)]
         return [text.strip().removesuffix(delimiter).strip() for text in texts]
+
+
+def _row_record(rollout: _Rollout) -> dict[str, Any]:
+    round_, group, row = rollout.round, rollout.group, rollout.row
+    return {
+        "text": rollout.text,
+        "reward": rollout.reward,
+        "tokens": int(round_.lengths[group, row]),
+        "end": StopReason(int(round_.reasons[group, row])).name.lower(),
+    }

@@ -168,8 +168,9 @@ def _make_experiment(config: Config) -> Experiment:
         sharding=sharding,
     )
     localizer = None
+    ask = config.reset.localizer
     if plan.localize is not None:
-        ask = config.reset.localizer
+        assert ask.temperature is not None  # resolved
         free_text = build_automaton(vocab, delimiter=task.delimiter, vocab_size=size)
         localizer = PolicyLocalizer(
             Sampler(
