@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file; see configs/")]
 Overrides = Annotated[
@@ -93,5 +94,7 @@ def main() -> None:
     try:
         app()
     except (ConfigError, RuntimeError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        # Escaped: a message may hold square brackets, and they aren't markup.
+        message = f"[bold red]error:[/] {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None

@@ -78,6 +78,7 @@ class TaskConfig(Section):
     name: Literal["chain", "math"] = "chain"
     min_terms: int = Field(3, ge=2, description="chain: fewest numbers in a sum")
     max_terms: int = Field(8, le=9, description="chain: most numbers in a sum")
+    modulus: int = Field(10, ge=2, le=10, description="chain: sums are modulo this")
     mistakes: float = Field(0.08, ge=0, lt=1, description="chain: errors in demonstrations")
     solve_prompt: str | None = Field(None, description="math: template file of the prompt")
     localize_prompt: str | None = Field(None, description="math: template file of the question")

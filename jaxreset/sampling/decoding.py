@@ -42,11 +42,15 @@ class Draws(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """When a response ends; traced. `eos` [E] int32 ids, the others scalars (tokens or steps)."""
+    """When a response ends; traced scalars, but for the ids `eos` [E] int32.
+
+    `room`: a step is begun only where so many tokens are left.
+    """
 
     max_response: Array | int
     max_steps: Array | int
     max_step_tokens: Array | int
+    room: Array | int
     eos: Array
 
 
@@ -169,7 +173,7 @@ def decode(
                 stopped,
                 step_ended & progress.answered,
                 step_ended & (progress.steps >= limits.max_steps),
-                step_ended & (limits.max_response - total < limits.max_step_tokens),
+                step_ended & (limits.max_response - total < limits.room),
                 (lengths >= jnp.minimum(draws.max_new, size)) | (total >= limits.max_response),
             ],
             [

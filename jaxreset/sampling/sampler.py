@@ -17,6 +17,8 @@ from jaxreset.steps import Progress, StepAutomaton, replay, split_steps
 
 Tokens = Sequence[int] | np.ndarray
 
+NO_LIMIT = 2**30
+
 
 class Shape(NamedTuple):
     """Sizes that one compiled program serves: groups N, rows K, prefix slots P, suffix slots S."""
@@ -35,12 +37,12 @@ class StopRules:
       max_response: most tokens after the prompt, kept ones counted.
       max_steps: most steps, kept ones counted.
       max_step_tokens: a step ends at so many tokens; and where fewer than this many are left at the end
-        of a step, no other is begun.
+        of a step, no other is begun. None: neither.
     """
 
     max_response: int
-    max_steps: int = 2**30
-    max_step_tokens: int = 2**30
+    max_steps: int | None = None
+    max_step_tokens: int | None = None
 
 
 class Sampler:
@@ -75,8 +77,9 @@ class Sampler:
         self._device_automaton = jax.device_put(automaton)
         self._limits = Limits(
             np.int32(stop.max_response),
-            np.int32(stop.max_steps),
-            np.int32(stop.max_step_tokens),
+            np.int32(stop.max_steps or NO_LIMIT),
+            np.int32(stop.max_step_tokens or NO_LIMIT),
+            np.int32(stop.max_step_tokens or 0),
             np.asarray(self.eos_ids or (-1,), np.int32),
         )
 
@@ -114,9 +117,11 @@ class Sampler:
           A `Round`, in the order of `prompts`.
 
         Raises:
-          ValueError: an empty prompt, or more than any of `shapes` holds (both named with sizes).
+          ValueError: an empty prompt, a token outside the vocabulary, arguments of unlike lengths or out
+            of range, or more than any of `shapes` holds; with the numbers.
         """
         prompts = [np.asarray(p, np.int32) for p in prompts]
+        self._check(prompts, ids=ids, first_rows=first_rows, kept=kept)
         kept = [0] * len(prompts) if kept is None else kept
         ids = range(len(prompts)) if ids is None else ids
         draws = self._draws(stream, temperature, top_p, top_k, max_new)
@@ -173,7 +178,7 @@ class Sampler:
         return split_steps(
             self.automaton,
             np.asarray(response),
-            max_step_tokens=self.stop.max_step_tokens,
+            max_step_tokens=self.stop.max_step_tokens or NO_LIMIT,
             eos_ids=self.eos_ids,
         )
 
@@ -305,7 +310,7 @@ class Sampler:
             progress = replay(
                 self.automaton,
                 prefixes[n][prompt_lengths[n] :],
-                max_step_tokens=self.stop.max_step_tokens,
+                max_step_tokens=self.stop.max_step_tokens or NO_LIMIT,
             )
             state[n], steps[n], step_tokens[n], answered[n] = progress
         start = Start(
@@ -315,9 +320,29 @@ class Sampler:
             first_rows=first,
             progress=Progress(state, steps, step_tokens, answered),
             used=used,
-            live=np.arange(shape.groups) < count,
+            live=(np.arange(shape.groups) < count) & (used < self.stop.max_response),
         )
         return jax.tree.map(self._put, start)
+
+    def _check(self, prompts: Sequence[np.ndarray], **per_prompt: Sequence[int] | None) -> None:
+        for name, values in per_prompt.items():
+            if values is not None and len(values) != len(prompts):
+                raise ValueError(
+                    f"{name}: {len(values)} values, expected one for each of the {len(prompts)} prompts"
+                )
+        for n, (prompt, kept) in enumerate(
+            zip(prompts, per_prompt["kept"] or [0] * len(prompts), strict=True)
+        ):
+            vocab = self.automaton.next_state.shape[1]
+            if len(prompt) and not 0 <= prompt.min() <= prompt.max() < vocab:
+                raise ValueError(
+                    f"prompts: number {n} has ids from {prompt.min()} to {prompt.max()}, expected 0 to "
+                    f"{vocab - 1}, the vocabulary"
+                )
+            if not 0 <= kept <= len(prompt):
+                raise ValueError(
+                    f"kept: {kept} of prompt {n}, expected 0 to its {len(prompt)} tokens"
+                )
 
     def _draws(
         self, stream: Stream, temperature: float, top_p: float, top_k: int, max_new: int | None
@@ -327,6 +352,8 @@ class Sampler:
                 f"temperature={temperature}, top_p={top_p}, top_k={top_k}: expected temperature >= 0, "
                 "0 < top_p <= 1 and top_k >= 0"
             )
+        if max_new is not None and max_new < 1:
+            raise ValueError(f"max_new={max_new}: expected at least 1")
         return Draws(
             np.float32(temperature),
             np.float32(top_p),

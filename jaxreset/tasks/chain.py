@@ -1,14 +1,14 @@
-r"""The embedded task: running sums modulo 10, one number a line.
+r"""The embedded task: running sums modulo 10 (or less), one number a line.
 
 Each number of a problem has a letter; each line of a response repeats letter and number, and gives
 the sum so far.
 
-    prompt   a3b8c5      response   a3=3       localisation   a3b8c5
-                                    b8=1                      1:a3=3
-                                    c5=6                      2:b8=2
-                                    \boxed{6}                3:c5=7
-                                                              4:\boxed{7}
-                                                              ?             answer   \boxed{2}
+    prompt   a3b8c5      response   a3=3        localisation   a3b8c5
+                                    b8=1                       1:a3=3
+                                    c5=6                       2:b8=2
+                                    \boxed{6}                  3:c5=7
+                                                               4:\boxed{7}
+                                                               ?             answer   \boxed{2}
 
 A problem needs no file, and the checker knows the first wrong step. The demonstrations make
 mistakes and carry them on, so a policy that imitates them errs at a chosen rate at every step:
@@ -39,13 +39,20 @@ class ChainProblems(Sequence[Problem]):
       split: `"train"` or `"test"`.
       size: how many.
       min_terms, max_terms: numbers added, drawn uniformly.
+      modulus: of the numbers and the sum.
     """
 
     def __init__(
-        self, split: Literal["train", "test"], size: int, *, min_terms: int, max_terms: int
+        self,
+        split: Literal["train", "test"],
+        size: int,
+        *,
+        min_terms: int,
+        max_terms: int,
+        modulus: int,
     ):
         self.split, self.size = split, size
-        self.min_terms, self.max_terms = min_terms, max_terms
+        self.min_terms, self.max_terms, self.modulus = min_terms, max_terms, modulus
 
     def __len__(self) -> int:
         return self.size
@@ -55,10 +62,10 @@ class ChainProblems(Sequence[Problem]):
             raise IndexError(index)
         rng = np.random.default_rng((index, self.split == "test"))
         while True:
-            terms = rng.integers(0, 10, rng.integers(self.min_terms, self.max_terms + 1))
+            terms = rng.integers(0, self.modulus, rng.integers(self.min_terms, self.max_terms + 1))
             question = "".join(f"{letter}{n}" for letter, n in zip(LETTERS, terms, strict=False))
             if (zlib.crc32(question.encode()) % 10 == 0) == (self.split == "test"):
-                answer = str(int(terms.sum()) % 10)
+                answer = str(int(terms.sum()) % self.modulus)
                 return Problem(f"{self.split}:{index}", question, answer)
 
 
@@ -68,11 +75,13 @@ class ChainTask:
 
     Attributes:
       min_terms, max_terms: numbers in a problem.
+      modulus: of the numbers and their sum, 2 to 10.
       mistakes: the share of sums that go wrong in demonstrations.
     """
 
     min_terms: int = 3
     max_terms: int = 8
+    modulus: int = 10
     mistakes: float = 0.08
     name: str = "chain"
     delimiter: str = "\n"
@@ -84,10 +93,20 @@ class ChainTask:
                 f"min_terms={self.min_terms}, max_terms={self.max_terms}: expected 1 <= min_terms <= "
                 f"max_terms <= {len(LETTERS)}, a letter for each number"
             )
+        if not 2 <= self.modulus <= 10:
+            raise ValueError(
+                f"modulus={self.modulus}: expected 2 to 10, so that numbers are digits"
+            )
 
     def problems(self, split: Literal["train", "test"], size: int) -> ChainProblems:
         """`size` problems of a split."""
-        return ChainProblems(split, size, min_terms=self.min_terms, max_terms=self.max_terms)
+        return ChainProblems(
+            split,
+            size,
+            min_terms=self.min_terms,
+            max_terms=self.max_terms,
+            modulus=self.modulus,
+        )
 
     def prompt(self, problem: Problem) -> str:
         """The lettered numbers, on a line of their own."""
@@ -118,9 +137,9 @@ class ChainTask:
         """The steps of a solution; with `rng`, each sum errs with probability `mistakes`."""
         total, lines = 0, []
         for letter, number in zip(problem.question[::2], problem.question[1::2], strict=True):
-            total = (total + int(number)) % 10
+            total = (total + int(number)) % self.modulus
             if rng is not None and rng.random() < self.mistakes:
-                total = int(total + rng.integers(1, 10)) % 10
+                total = int(total + rng.integers(1, self.modulus)) % self.modulus
             lines.append(f"{letter}{number}={total}")
         return [*lines, f"\\boxed{{{total}}}"]
 

@@ -39,13 +39,25 @@ def read_problems(path: str, eval_path: str | None, *, test_size: int) -> Proble
     """Problems of a file; without `eval_path`, the last of them (at most a tenth) are held out.
 
     Raises:
-      FileNotFoundError, ValueError: see `records.load_problems`.
+      ValueError: what `records.load_problems` refuses, or a single problem; names the config's key.
     """
-    train = load_problems(path)
+    train = _load("data.path", path)
     if eval_path is not None:
-        return Problems(train, load_problems(eval_path)[:test_size])
+        return Problems(train, _load("data.eval_path", eval_path)[:test_size])
+    if len(train) == 1:
+        raise ValueError(
+            f"data.path: {path} holds 1 problem, and it would be held out; add problems, or name "
+            "data.eval_path"
+        )
     held_out = min(test_size, max(len(train) // 10, 1))
     return Problems(train[:-held_out], train[-held_out:])
+
+
+def _load(key: str, path: str) -> list[Problem]:
+    try:
+        return load_problems(path)
+    except (ValueError, OSError, ImportError) as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 @dataclass
@@ -78,7 +90,7 @@ def fit_prompts(
         raise ValueError(
             f"{len(over)} of {len(looked_at)} prompts exceed sampling.max_prompt_tokens={limit}; the "
             f"first is {first.id} with {lengths[over[0]]} tokens, the longest has {found.longest}; "
-            "raise the limit or set data.overlong=drop"
+            f"raise the limit{'' if generated else ' or set data.overlong=drop'}"
         )
     if generated:
         return problems, found
@@ -86,7 +98,7 @@ def fit_prompts(
     if not kept:
         raise ValueError(
             f"all {len(problems)} prompts exceed sampling.max_prompt_tokens={limit} (the shortest has "
-            f"{lengths.min(initial=0)} tokens); raise the limit"
+            f"{lengths.min()} tokens); raise the limit"
         )
     return kept, found
 
@@ -131,7 +143,7 @@ def encode_prompts(
 def make_task(config: Any) -> Task:
     """The task of a `config.TaskConfig`."""
     if config.name == "chain":
-        return ChainTask(config.min_terms, config.max_terms, config.mistakes)
+        return ChainTask(config.min_terms, config.max_terms, config.modulus, config.mistakes)
     return MathTask(
         solve_template=config.solve_prompt,
         localize_template=config.localize_prompt,

@@ -42,7 +42,8 @@ class RunFolder:
                 f"run.dir {self.path} can't be written: {error.strerror}; name another folder"
             ) from error
         saved = self.path / "config.yaml"
-        if saved.exists():
+        # Before the first checkpoint there is nothing to go on from: a mended config may start anew.
+        if saved.exists() and any(self.checkpoints.glob("*")):
             _refuse_other_run(yaml.safe_load(saved.read_text()), config, self.path)
         _write(saved, dump_config(config))
 
