@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxreset.losses import Scale, group_advantages
+
+Leaf = Any  # of a pytree built on the host with numpy, and traced inside jit
 
 
 @dataclass
@@ -66,13 +68,13 @@ class GroupBatch(NamedTuple):
       behavior_logps: [N, K, S] float32.
     """
 
-    prefix: np.ndarray
-    prefix_lengths: np.ndarray
-    rows: np.ndarray
-    targets: np.ndarray
-    lengths: np.ndarray
-    advantages: np.ndarray
-    behavior_logps: np.ndarray
+    prefix: Leaf
+    prefix_lengths: Leaf
+    rows: Leaf
+    targets: Leaf
+    lengths: Leaf
+    advantages: Leaf
+    behavior_logps: Leaf
 
 
 class PackShape(NamedTuple):

@@ -180,7 +180,7 @@ def policy_loss(
     losses = jnp.where(mask, losses, 0)
     if aggregation == "sequence":
         total = (losses.sum(-1) / jnp.maximum(counts, 1)).sum()
-        default = float(max(counts.size, 1))
+        default = jnp.asarray(max(counts.size, 1), logps.dtype)
     else:
         total, default = losses.sum(), jnp.maximum(tokens, 1)
     return total / (default if normalizer is None else normalizer), metrics

@@ -299,7 +299,7 @@ def test_every_prompt_trains_on_eight_rollouts_and_every_token_is_counted(
         assert sum(len(g.rewards) for g in mine) == 8
         resets = [g for g in mine if g.reset_step is not None]
         assert len({g.normalized_with for g in mine}) == len(resets) + (len(mine) > len(resets))
-        failed = [written(prompt.problem, o) for o in script[prompt.index][0] if o not in "S0"]
+        failed = [written(prompt.problem, o) for o in script[prompt.number][0] if o not in "S0"]
         for g in mine:
             np.testing.assert_array_equal(g.prefix[: len(prompt.tokens)], prompt.tokens)
             kept = decode(g.prefix[len(prompt.tokens) :])

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxreset.models import huggingface
@@ -63,6 +64,10 @@ class Policy:
     def logits(self, tokens: ArrayLike) -> jax.Array:
         """`[B, T]` right-padded token ids -> `[B, T, V]` logits, float32 at least; jitted."""
         return _logits(self.graph, self.params, jnp.asarray(tokens))
+
+    def decode(self, tokens: ArrayLike) -> str:
+        """Token ids `[t]` -> text, special tokens left out."""
+        return str(self.tokenizer.decode(np.asarray(tokens), skip_special_tokens=True))
 
     def with_params(self, params: nnx.State, version: int) -> Policy:
         """The same policy with other parameters."""

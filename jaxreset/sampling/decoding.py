@@ -11,7 +11,7 @@ row's slot 0. So a prompt and a reset state start in the same way, and prefill n
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxreset.sampling.rounds import StopReason
 from jaxreset.steps import Progress, StepAutomaton, advance
 
 Array = jax.Array
+Leaf = Any  # of a pytree built on the host with numpy, and traced inside jit
 
 
 class Draws(NamedTuple):
@@ -32,13 +33,13 @@ class Draws(NamedTuple):
     seed, step, phase: see `rounds.Stream`.
     """
 
-    temperature: Array | float
-    top_p: Array | float
-    top_k: Array | int
-    max_new: Array | int
-    seed: Array | int
-    step: Array | int
-    phase: Array | int
+    temperature: Leaf
+    top_p: Leaf
+    top_k: Leaf
+    max_new: Leaf
+    seed: Leaf
+    step: Leaf
+    phase: Leaf
 
 
 class Limits(NamedTuple):
@@ -47,11 +48,11 @@ class Limits(NamedTuple):
     `room`: a step is begun only where so many tokens are left.
     """
 
-    max_response: Array | int
-    max_steps: Array | int
-    max_step_tokens: Array | int
-    room: Array | int
-    eos: Array
+    max_response: Leaf
+    max_steps: Leaf
+    max_step_tokens: Leaf
+    room: Leaf
+    eos: Leaf
 
 
 class Start(NamedTuple):
@@ -62,13 +63,13 @@ class Start(NamedTuple):
     progress: of the response's kept tokens.  used: how many those are.  live: False for padding.
     """
 
-    prefix_lengths: Array
-    last_tokens: Array
-    ids: Array
-    first_rows: Array
+    prefix_lengths: Leaf
+    last_tokens: Leaf
+    ids: Leaf
+    first_rows: Leaf
     progress: Progress
-    used: Array
-    live: Array
+    used: Leaf
+    live: Leaf
 
 
 class Drawn(NamedTuple):

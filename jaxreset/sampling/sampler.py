@@ -13,7 +13,14 @@ from jaxreset.models.decoder import KV
 from jaxreset.models.policy import Policy
 from jaxreset.sampling.decoding import Draws, Limits, Start, decode, fork, prefill
 from jaxreset.sampling.rounds import Round, Snapshot, Stream
-from jaxreset.steps import Progress, StepAutomaton, replay, split_steps
+from jaxreset.steps import (
+    Progress,
+    StepAutomaton,
+    build_automaton,
+    replay,
+    split_steps,
+    token_bytes,
+)
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -83,6 +90,37 @@ class Sampler:
             np.asarray(self.eos_ids or (-1,), np.int32),
         )
 
+    @classmethod
+    def for_policy(
+        cls,
+        policy: Policy,
+        stop: StopRules,
+        *,
+        delimiter: str,
+        answer_marker: str | None = None,
+        stop_strings: Sequence[str] = (),
+        **options: Any,
+    ) -> Sampler:
+        """A sampler for a policy's vocabulary, from the texts that end a step and a response.
+
+        Args:
+          policy: its tokenizer says how texts are spelt in tokens.
+          stop: when responses end.
+          delimiter, answer_marker, stop_strings: see `steps.build_automaton`.
+          **options: `shapes`, `forks` and `sharding` of `Sampler`.
+
+        Raises:
+          ValueError: the vocabulary can't spell the delimiter or the answer marker.
+        """
+        automaton = build_automaton(
+            token_bytes(policy.tokenizer),
+            delimiter=delimiter,
+            answer_marker=answer_marker,
+            stop_strings=stop_strings,
+            vocab_size=policy.config.vocab,
+        )
+        return cls(automaton, stop, eos_ids=policy.eos_ids, **options)
+
     def sample(
         self,
         policy: Policy,
@@ -120,13 +158,13 @@ class Sampler:
           ValueError: an empty prompt, a token outside the vocabulary, arguments of unlike lengths or out
             of range, or more than any of `shapes` holds; with the numbers.
         """
-        prompts = [np.asarray(p, np.int32) for p in prompts]
-        self._check(prompts, ids=ids, first_rows=first_rows, kept=kept)
+        prefixes = [np.asarray(p, np.int32) for p in prompts]
+        self._check(prefixes, ids=ids, first_rows=first_rows, kept=kept)
         kept = [0] * len(prompts) if kept is None else kept
         ids = range(len(prompts)) if ids is None else ids
         draws = self._draws(stream, temperature, top_p, top_k, max_new)
-        shape = self._shape(prompts, rows, self.shapes)
-        return self._prefill_and_draw(policy, shape, prompts, kept, ids, first_rows, draws)
+        shape = self._shape(prefixes, rows, self.shapes)
+        return self._prefill_and_draw(policy, shape, prefixes, kept, ids, first_rows, draws)
 
     def resume(
         self,
@@ -306,7 +344,7 @@ class Sampler:
         numbers[:count] = ids
         first[:count] = 0 if first_rows is None else first_rows
         used[:count] = lengths[:count] - np.asarray(prompt_lengths, np.int32)
-        for n in np.flatnonzero(used):
+        for n in np.flatnonzero(used).tolist():
             progress = replay(
                 self.automaton,
                 prefixes[n][prompt_lengths[n] :],

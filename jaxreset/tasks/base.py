@@ -51,9 +51,12 @@ class Task(Protocol):
         answer_marker: text whose appearance makes the current step the last one.
     """
 
-    name: str
-    delimiter: str
-    answer_marker: str
+    @property
+    def name(self) -> str: ...
+    @property
+    def delimiter(self) -> str: ...
+    @property
+    def answer_marker(self) -> str: ...
 
     def prompt(self, problem: Problem) -> str:
         """The raw text that the policy continues, one step at a time."""

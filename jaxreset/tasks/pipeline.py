@@ -16,11 +16,11 @@ from jaxreset.tasks.records import load_problems
 
 
 class Prompt(NamedTuple):
-    """A problem of a batch: its tokens [p] int32, and the number that seeds its draws."""
+    """A problem of a batch: its tokens [p] int32, and the `number` that seeds its draws."""
 
     problem: Problem
     tokens: np.ndarray
-    index: int
+    number: int
 
 
 class Problems(NamedTuple):

@@ -28,8 +28,25 @@ FAILED_BELOW = 0.5  # a score under it is a failure
 class Rounds(Protocol):
     """What collecting needs of a sampler; see `sampling.Sampler`."""
 
-    def sample(self, policy: Policy, prompts: Sequence[np.ndarray], **options: Any) -> Round: ...
-    def resume(self, policy: Policy, snapshots: Sequence[Snapshot], **options: Any) -> Round: ...
+    def sample(
+        self,
+        policy: Policy,
+        prompts: Sequence[np.ndarray],
+        *,
+        rows: int,
+        stream: Stream,
+        ids: Sequence[int] | None = None,
+        first_rows: Sequence[int] | None = None,
+    ) -> Round: ...
+    def resume(
+        self,
+        policy: Policy,
+        snapshots: Sequence[Snapshot],
+        *,
+        rows: int,
+        stream: Stream,
+        first_rows: Sequence[int] | None = None,
+    ) -> Round: ...
     def steps(self, response: np.ndarray) -> list[tuple[int, int]]: ...
 
 
@@ -140,7 +157,7 @@ class _Step:
         self.totals: Counter[str] = Counter({"tokens_sampled": 0, "tokens/localizer": 0})
         self.groups: list[list[Group]] = [[] for _ in prompts]
         self.records: list[dict[str, Any]] = [
-            {"index": p.index, "problem": p.problem.id, "question": p.problem.question, "groups": [],
+            {"index": p.number, "problem": p.problem.id, "question": p.problem.question, "groups": [],
              "localizations": []}
             for p in prompts
         ]  # fmt: skip
@@ -242,7 +259,7 @@ class _Step:
                 self.to.task,
                 self.prompts[n].problem,
                 self.step_texts(rollout),
-                (*stream, self.prompts[n].index, rollout.number),
+                (*stream, self.prompts[n].number, rollout.number),
             )
             for n, rollout, _ in asked
         ]
@@ -256,7 +273,7 @@ class _Step:
                 self.policy,
                 [f.task.localization(f.problem, f.steps) for f in failures],
                 stream=stream,
-                ids=[self.prompts[n].index for n, _, _ in about],
+                ids=[self.prompts[n].number for n, _, _ in about],
                 first_rows=[rollout.number for _, rollout, _ in about],
             )
             self.totals["tokens_sampled"] += tokens
@@ -296,7 +313,7 @@ class _Step:
             [self.prompts[n].tokens for n in members],
             rows=rows,
             stream=self.stream,
-            ids=[self.prompts[n].index for n in members],
+            ids=[self.prompts[n].number for n in members],
             first_rows=[first_row] * len(members),
             **self.to.draw,
         )

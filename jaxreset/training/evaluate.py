@@ -49,7 +49,7 @@ def evaluate(
             [p.tokens for p in members],
             rows=1,
             stream=Stream(seed, step, PHASE),
-            ids=[p.index for p in members],
+            ids=[p.number for p in members],
             temperature=temperature,
         )
         items += [(p.problem, decode(round_.response(n, 0))) for n, p in enumerate(members)]

@@ -39,7 +39,7 @@ class PolicyLocalizer:
         self.sampler = sampler
         self.batch = batch
         self.prompt_limit = prompt_limit
-        self._draw = {"temperature": temperature, "top_p": top_p}
+        self._draw: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
 
     def __call__(
         self,
@@ -67,5 +67,5 @@ class PolicyLocalizer:
             )
             drawn += int(round_.lengths.sum())
             for n, i in enumerate(members):
-                answers[i] = policy.tokenizer.decode(round_.suffix(n, 0), skip_special_tokens=True)
+                answers[i] = policy.decode(round_.suffix(n, 0))
         return answers, drawn

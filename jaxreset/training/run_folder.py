@@ -90,7 +90,7 @@ def _write(path: Path, text: str) -> None:
 
 def _refuse_other_run(saved: Any, config: Config, path: Path) -> None:
     before, now = _flat(saved), _flat(config.model_dump(mode="json"))
-    free = FREE_KEYS
+    free: tuple[str, ...] = FREE_KEYS
     if config.optimizer.schedule != "constant":
         free = tuple(key for key in free if key != "train.steps")
     differing = [

@@ -19,7 +19,6 @@ from jaxreset.models.policy import Policy, load_policy, new_policy
 from jaxreset.objectives import Objective
 from jaxreset.parallel import make_mesh, param_shardings, rows_sharding
 from jaxreset.sampling import Sampler, Shape, StopRules
-from jaxreset.steps import build_automaton, token_bytes
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.chain import TOKENIZER, ChainTask
 from jaxreset.tasks.pipeline import (
@@ -149,34 +148,29 @@ def _make_experiment(config: Config) -> Experiment:
     test, _ = fit_prompts(problems.test, task, policy.tokenizer, limit, refuse=refuse)
     problems = Problems(train, test)
 
-    vocab, size = token_bytes(policy.tokenizer), policy.config.vocab
-    automaton = build_automaton(
-        vocab, delimiter=task.delimiter, answer_marker=task.answer_marker, vocab_size=size
-    )
     sharding = None
     if mesh.size > 1:
         sharding = rows_sharding(mesh)
         params = jax.device_put(policy.params, param_shardings(mesh, policy.params))
         policy = policy.with_params(params, policy.version)
     s = config.sampling
-    sampler = Sampler(
-        automaton,
+    sampler = Sampler.for_policy(
+        policy,
         StopRules(s.max_response_tokens, s.max_steps, s.max_step_tokens),
-        eos_ids=policy.eos_ids,
+        delimiter=task.delimiter,
+        answer_marker=task.answer_marker,
         shapes=[*plan.base, plan.evaluate],
         forks=plan.forks,
         sharding=sharding,
     )
-    localizer = None
-    ask = config.reset.localizer
+    localizer, ask = None, config.reset.localizer
     if plan.localize is not None:
         assert ask.temperature is not None  # resolved
-        free_text = build_automaton(vocab, delimiter=task.delimiter, vocab_size=size)
         localizer = PolicyLocalizer(
-            Sampler(
-                free_text,
+            Sampler.for_policy(
+                policy,
                 StopRules(ask.max_tokens),
-                eos_ids=policy.eos_ids,
+                delimiter=task.delimiter,
                 shapes=[plan.localize],
                 sharding=sharding,
             ),
@@ -185,15 +179,11 @@ def _make_experiment(config: Config) -> Experiment:
             temperature=ask.temperature,
             top_p=s.top_p,
         )
-
-    def decode(tokens: np.ndarray) -> str:
-        return policy.tokenizer.decode(tokens, skip_special_tokens=True)
-
     collector = Collector(
         objective,
         sampler,
         task,
-        decode,
+        policy.decode,
         localizer,
         draw={"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k},
     )
