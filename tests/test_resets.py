@@ -191,7 +191,11 @@ def localize(script, batch):
     """Answers to `QUESTIONS`, the tokens drawn for them, and the sampler's calls."""
     rounds = ScriptedRounds(script)
     ask = PolicyLocalizer(rounds, batch=batch, prompt_limit=4, temperature=0.3, top_p=0.9)
-    policy = SimpleNamespace(tokenizer=CHAIN_TOKENIZER, version=0)
+    policy = SimpleNamespace(
+        tokenizer=CHAIN_TOKENIZER,
+        version=0,
+        decode=lambda tokens: CHAIN_TOKENIZER.decode(tokens, skip_special_tokens=True),
+    )
     ids, first_rows = [7, 7, 8, 9, 9], [0, 2, 1, 4, 0]
     answers, tokens = ask(policy, QUESTIONS, stream=Stream(3, 5, 1), ids=ids, first_rows=first_rows)
     return answers, tokens, rounds.calls
