@@ -15,6 +15,7 @@ from jaxreset.groups import set_advantages
 from jaxreset.models.policy import Policy
 from jaxreset.reporting.curve import draw_curve
 from jaxreset.reporting.display import Display
+from jaxreset.reporting.report import write_report
 from jaxreset.reporting.trackers import Trackers
 from jaxreset.tasks.chain import ChainTask
 from jaxreset.training.checkpoints import Checkpoints
@@ -65,6 +66,7 @@ def train(config: Config, display: Display | None = None) -> Result:
         checkpoints.close()
     history = folder.history()
     curve = draw_curve(history, folder.path / "learning_curve.png", title=config.objective)
+    write_report(folder.path, history, curve)
     display.summary(history, folder.path, curve)
     return Result(folder.path, history, curve, learner.policy)
 
