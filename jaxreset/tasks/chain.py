@@ -8,7 +8,11 @@ the sum so far.
                                     c5=6                       2:b8=2
                                     \boxed{6}                  3:c5=7
                                                                4:\boxed{7}
-                                                               ?             answer   \boxed{2}
+                                                               ?             answer   a3=3:3
+                                                                                      b8=2:1\boxed{2}
+
+A localisation's answer quotes line after line, each with the sum as it should be, and names the
+first where they differ.
 
 A problem needs no file, and the checker knows the first wrong step. The demonstrations make
 mistakes and carry them on, so a policy that imitates them errs at a chosen rate at every step:
@@ -113,7 +117,7 @@ class ChainTask:
         return problem.question + "\n"
 
     def localization(self, problem: Problem, steps: Sequence[str]) -> str:
-        """The problem, the numbered steps and a question mark; answered by `\\boxed{N}`."""
+        """The problem, the numbered steps and a question mark."""
         numbered = "".join(f"{n}:{step}\n" for n, step in enumerate(steps, 1))
         return f"{problem.question}\n{numbered}?\n"
 
@@ -159,8 +163,10 @@ class ChainTask:
         steps = right
         while steps == right:
             steps = self.solution(problem, rng=rng)
-        step = self.first_wrong_step(problem, steps)
-        return self.localization(problem, steps), f"\\boxed{{{step}}}"
+        wrong = self.first_wrong_step(problem, steps)
+        quoted = zip(steps[:wrong], right, strict=False)
+        checks = "\n".join(f"{step}:{should.rpartition('=')[2]}" for step, should in quoted)
+        return self.localization(problem, steps), f"{checks}\\boxed{{{wrong}}}"
 
     def close(self) -> None:
         """Nothing to end."""

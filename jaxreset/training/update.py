@@ -75,13 +75,10 @@ def init_state(params: nnx.State, optimizer: optax.GradientTransformation) -> Tr
         transform_non_params=lambda _: replicated,
     )
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-    return TrainState(params, opt_state, zeros_like(params))
-
-
-@jax.jit
-def zeros_like(params: Any) -> Any:
-    """Zeros of the same shapes."""
-    return jax.tree.map(jnp.zeros_like, params)
+    # Placed by name, as an update's results are: else the second step would compile anew.
+    params = jax.device_put(params, shardings)
+    zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like), out_shardings=shardings)(params)
+    return TrainState(params, opt_state, zeros)
 
 
 def batch_logps(

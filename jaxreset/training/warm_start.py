@@ -36,7 +36,7 @@ def demonstration_batches(
         for _ in range(config.batch):
             problem = problems[int(rng.integers(len(problems)))]
             # Localising is easier to learn once the sums are known.
-            solve = step < config.steps // 2 or rng.random() < 0.5
+            solve = step < config.steps // 3 or rng.random() < 0.5
             show = task.demonstrate_solution if solve else task.demonstrate_localization
             prompt, completion = map(tokenizer.encode, show(problem, rng))
             encoded.append((len(prompt), [*prompt, *completion, eos]))
