@@ -77,11 +77,14 @@ def export(
     overrides: Overrides = None,
 ) -> None:
     """Write the run's latest checkpoint as a Hugging Face folder."""
-    from jaxreset.config import load_config
+    from jaxreset.config import ConfigError, load_config
     from jaxreset.training.loop import export_run
 
     settings = load_config(config, overrides or [])
-    step = export_run(settings, output)
+    try:
+        step = export_run(settings, output)
+    except FileExistsError as error:
+        raise ConfigError(str(error)) from error
     Console().print(f"step {step} exported to {output}", soft_wrap=True)
 
 

@@ -1,0 +1,177 @@
+"""The command line: help, the dry run, a traced run, and what a run that breaks leaves behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from model_helpers import random_policy
+from typer.testing import CliRunner
+
+from jaxreset import cli
+from jaxreset.models.decoder import DecoderConfig
+from jaxreset.models.policy import load_policy
+from jaxreset.tasks.base import Scores
+from jaxreset.tasks.chain import ChainTask
+from jaxreset.training import loop
+from jaxreset.training.compiles import compiles
+from jaxreset.training.learner import NonFiniteError
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+TINY = """
+    reset.localizer.max_tokens=5 reset.localizer.max_question_tokens=112
+    sampling.max_prompt_tokens=18 sampling.max_response_tokens=24 sampling.max_step_tokens=8 warm_start.steps=0
+    train.steps=3 train.prompts_per_step=2 train.microbatch_groups=2 train.min_signal_groups=0
+    data.eval_size=4 eval.batch=4 eval.every_steps=null checkpoint.every_steps=1
+"""
+
+
+def even_length(task, items):
+    return Scores(np.array([len(text) % 2 == 0 for _, text in items], np.float64), ())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripted():
+    """Rewards as in test_run, on one device."""
+    one = jax.devices()[:1]
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: one)
+        patch.setattr(ChainTask, "score", even_length)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer, tmp_path_factory):
+    """A folder with a tiny policy for the chain task."""
+    folder = tmp_path_factory.mktemp("policy") / "model"
+    sizes = DecoderConfig(
+        vocab=28, layers=2, width=32, heads=2, kv_heads=2, head_dim=16, mlp=48, qk_norm=True
+    )
+    random_policy(sizes, tokenizer).export(folder)
+    return folder
+
+
+@pytest.fixture
+def jaxreset(model, monkeypatch, capsys):
+    """Runs `jaxreset COMMAND quickstart.yaml …` with tiny settings; returns what it prints."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(command, *overrides, output=(), code=0):
+        settings = [*TINY.split(), f"model.path={model}", *overrides]
+        monkeypatch.setattr(sys, "argv", ["jaxreset", command, str(QUICKSTART), *output, *settings])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capsys.readouterr()
+        assert ended.value.code == code, shown.err
+        return shown.out + shown.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("train", ["CONFIG", "KEY=VALUE", "--dry-run"]),
+        ("eval", ["CONFIG", "KEY=VALUE", "--json"]),
+        ("export", ["CONFIG", "OUTPUT", "KEY=VALUE"]),
+    ],
+)
+def test_help_lists_typed_arguments(command, arguments):
+    result = CliRunner(env={"COLUMNS": "120"}).invoke(cli.app, [command, "--help"])
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+    assert result.exit_code == 0
+    for argument in arguments:
+        assert argument.lower() in shown.lower()
+    assert re.search(r"config\W+path\W+YAML file; see configs/", shown, re.IGNORECASE)
+    assert command in CliRunner().invoke(cli.app, ["--help"]).output
+
+
+def test_a_dry_run_prints_shapes_and_memory_and_does_nothing(jaxreset, model, tmp_path):
+    load_policy(model)  # placing its parameters compiles one-line programs
+    before = compiles()
+    shown = jaxreset("train", "--dry-run", f"run.dir={tmp_path}/run")
+    assert compiles() == before
+    assert list(tmp_path.iterdir()) == []
+    assert "aggregation: sequence" in shown  # resolved
+    assert f"dir: {tmp_path}/run" in shown
+    # (groups, rows, prefix, suffix) of each program, and keys and values in 4 bytes:
+    # 2 x 2 layers x 2 heads x 16 numbers x groups x (prefix + rows x suffix) slots
+    for row in (
+        "sample 2 4 18 24 57.0 KiB",
+        "resume 2 4 42 24 69.0 KiB",
+        "localize 2 1 112 5 58.5 KiB",
+        "evaluate 4 1 18 24 84.0 KiB",
+        "update 2 4 18 24 228 tokens",
+        "update 2 4 42 24 276 tokens",
+    ):
+        assert re.search(r"\W+".join(row.split()), shown), row
+    assert re.search(r"parameters +\d+\.\d KiB", shown)
+    assert "100,000 to train on, 4 held out, 0 dropped" in shown
+
+
+def test_a_run_shows_its_table_and_traces_the_chosen_step(jaxreset, tmp_path):
+    overrides = ("objective=grpo", f"run.dir={tmp_path}", "run.profile_steps=[2]", "train.steps=2")
+    shown = jaxreset("train", *overrides)
+    assert "training 2/2  reward 0." in shown
+    assert re.search(r"tokens/s", shown)
+    assert "accuracy on held-out problems" in shown
+    assert str(tmp_path / "learning_curve.png") in shown
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+
+
+def test_a_run_that_breaks_leaves_what_it_computed(jaxreset, tmp_path, monkeypatch):
+    calls = []
+
+    def broken(task, items):
+        calls.append(len(items))
+        if len(calls) == 5:  # two evaluations, then a call for each step
+            raise ValueError("the verifier is broken")
+        return even_length(task, items)
+
+    monkeypatch.setattr(ChainTask, "score", broken)
+    with pytest.raises(ValueError, match="the verifier is broken"):  # with its traceback
+        jaxreset("train", "objective=grpo", f"run.dir={tmp_path}")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+    assert sorted(f.stem for f in (tmp_path / "rollouts").iterdir()) == [
+        "step_000001",
+        "step_000002",
+    ]
+    jaxreset("train", "objective=grpo", f"run.dir={tmp_path}")
+    again = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert again[:3] == lines
+    assert again[3]["step"] == 3
+
+
+def test_a_run_without_finite_gradients_ends_with_one_message(jaxreset, monkeypatch):
+    def diverging(config, display):
+        raise NonFiniteError("5 gradients in a row weren't finite [see rollouts/]")
+
+    monkeypatch.setattr(loop, "train", diverging)
+    shown = jaxreset("train", code=1)
+    assert shown == "error: 5 gradients in a row weren't finite [see rollouts/]\n"
+
+
+def test_there_is_nothing_to_evaluate_or_export_without_a_run(jaxreset, tmp_path):
+    nowhere = (f"run.dir={tmp_path}/none", "model.path=null")
+    assert "holds no checkpoint, and model.path is null; train first" in jaxreset(
+        "eval", *nowhere, code=2
+    )
+
+
+def test_export_does_not_overwrite(jaxreset, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    shown = jaxreset("export", f"run.dir={tmp_path}/none", output=[f"{tmp_path}/mine"], code=2)
+    assert (
+        shown == f"error: {tmp_path}/mine exists and is not an empty folder; choose another name\n"
+    )
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"

@@ -1,0 +1,302 @@
+"""Whole runs of a tiny policy: what they write, repeat, and take up again after a stop or a kill.
+
+The policy has hardly learnt anything, so the reward is scripted: a response is right where its text
+has an even length. About half are, and groups carry a gradient.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from model_helpers import assert_same_params
+
+from jaxreset import cli
+from jaxreset.config import load_config
+from jaxreset.models.policy import load_policy
+from jaxreset.tasks.base import Scores
+from jaxreset.tasks.chain import ChainTask
+from jaxreset.training.checkpoints import Checkpoints
+from jaxreset.training.loop import train
+from jaxreset.training.run_folder import RunFolder
+from jaxreset.training.update import init_state, make_optimizer
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+TINY = """
+    model.fresh.layers=2 model.fresh.width=32 model.fresh.heads=2 model.fresh.kv_heads=2 model.fresh.mlp=64
+    task.min_terms=3 task.max_terms=5 sampling.max_prompt_tokens=18 reset.localizer.max_tokens=5
+    sampling.max_response_tokens=32 sampling.max_step_tokens=8
+    reset.localizer.max_question_tokens=80 warm_start.steps=5 warm_start.batch=8
+    train.steps=4 train.prompts_per_step=4 train.microbatch_groups=4 train.min_signal_groups=16
+    data.eval_size=16 eval.batch=16 eval.every_steps=null checkpoint.every_steps=2
+"""
+EXEMPT = ("time/", "seconds", "compiles")
+
+
+def even_length(task, items):
+    return Scores(np.array([len(text) % 2 == 0 for _, text in items], np.float64), ())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripted(tmp_path_factory):
+    """The scripted reward, on one device. Compiling takes longest: it is done in haste, and kept."""
+    one = jax.devices()[:1]
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.3,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    reset_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: one)
+        patch.setattr(ChainTask, "score", even_length)
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
+def tiny(folder, *overrides):
+    return load_config(QUICKSTART, [*TINY.split(), f"run.dir={folder}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory):
+    """A run of four steps: its optimizer steps once, with gradients waiting before and after."""
+    return train(tiny(tmp_path_factory.mktemp("unstopped")))
+
+
+def repeatable(history):
+    return [{k: v for k, v in line.items() if not k.startswith(EXEMPT)} for line in history]
+
+
+def rollouts(folder):
+    return {file.name: file.read_text() for file in sorted((folder / "rollouts").iterdir())}
+
+
+def saved_state(result):
+    """Everything of a run's last checkpoint, gradients waiting for an optimizer step included."""
+    config = load_config(result.folder / "config.yaml")
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    checkpoints = Checkpoints(result.folder / "checkpoints", keep=2)
+    state, progress = checkpoints.restore(init_state(result.policy.params, optimizer))
+    checkpoints.close()
+    return state, progress
+
+
+def assert_same_end(one, other):
+    """Both runs ended with the same bits and the same rollouts."""
+    (state, progress), (other_state, other_progress) = saved_state(one), saved_state(other)
+    assert progress == other_progress
+    assert_same_params(state, other_state)
+    assert_same_params(one.policy.params, other.policy.params)
+    assert rollouts(one.folder) == rollouts(other.folder)
+
+
+def test_a_run_writes_its_folder(unstopped):
+    folder = unstopped.folder
+    assert {f.name for f in folder.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "rollouts", "checkpoints", "learning_curve.png",
+        "report.html",
+    }  # fmt: skip
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["loss"]["aggregation"] == "sequence"  # resolved
+    assert saved["train"]["min_signal_groups"] == 16
+    assert load_config(folder / "config.yaml") == tiny(folder)
+    assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == ["2", "4"]
+    assert unstopped.curve.read_bytes().startswith(b"\x89PNG")
+    assert unstopped.curve.parent == folder
+
+
+def test_metrics_have_one_line_a_step(unstopped):
+    lines = (unstopped.folder / "metrics.jsonl").read_text().splitlines()
+    history = [json.loads(line) for line in lines]
+    assert history == unstopped.history
+    assert [line["step"] for line in history] == [0, 1, 2, 3, 4]
+    assert ["eval/accuracy" in line for line in history] == [True, False, False, False, True]
+    for line in history[1:]:
+        assert {
+            "seconds", "tokens_sampled", "loss", "grad_norm", "reward/mean", "logp_gap", "compiles",
+            "reset/step", "reset/kept_tokens", "groups/signal_share", "time/tokens_per_second",
+        } <= line.keys()  # fmt: skip
+        assert all(isinstance(v, int | float) and np.isfinite(v) for v in line.values())
+        assert 0.2 < line["reward/mean"] < 0.8
+        assert line["data/position"] == 4 * line["step"]
+    # Sixteen groups with a gradient take two or three steps to come together.
+    assert [line["optimizer_steps"] for line in history[1:]] in ([0, 0, 1, 0], [0, 1, 0, 0])
+    assert [line["grad_norm"] > 0 for line in history[1:]] == [
+        line["optimizer_steps"] > 0 for line in history[1:]
+    ]
+
+
+def test_rollouts_are_reset_trees(unstopped):
+    files = sorted((unstopped.folder / "rollouts").iterdir())
+    assert [f.name for f in files] == [f"step_{n:06}.jsonl" for n in (1, 2, 3, 4)]
+    for step, file in enumerate(files, 1):
+        trees = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [tree["index"] for tree in trees] == list(range(4 * step - 4, 4 * step))
+        for tree in trees:
+            base, reset = tree["groups"]
+            assert tree["step"] == step
+            assert base["kept"] == ""
+            assert len(base["rows"]) == len(reset["rows"]) == 4
+            for row in base["rows"] + reset["rows"]:
+                assert row["reward"] == (len(row["text"]) % 2 == 0)
+            if reset["parent_row"] is not None:  # else nothing failed
+                parent = base["rows"][reset["parent_row"]]
+                assert parent["reward"] == 0
+                assert parent["text"].startswith(reset["kept"])
+                assert all(row["text"].startswith(reset["kept"]) for row in reset["rows"])
+
+
+def test_one_seed_gives_one_run(unstopped, tmp_path):
+    again = train(tiny(tmp_path / "again"))
+    assert repeatable(again.history) == repeatable(unstopped.history)
+    assert_same_end(again, unstopped)
+
+
+def test_another_seed_gives_another_run(unstopped, tmp_path):
+    other = train(tiny(tmp_path / "other", "seed=1", "train.steps=1"))
+    assert other.history[1]["tokens_sampled"] != unstopped.history[1]["tokens_sampled"]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(unstopped, tmp_path):
+    stopped = train(tiny(tmp_path, "train.steps=2"))
+    assert stopped.history[-1]["step"] == 2
+    assert saved_state(stopped)[1].signal_groups > 0 or stopped.history[2]["optimizer_steps"]
+    resumed = train(tiny(tmp_path))
+    # The line of step 2 differs: it was a last one, and so evaluated.
+    for n in (0, 1, 3, 4):
+        assert repeatable(resumed.history)[n] == repeatable(unstopped.history)[n]
+    assert_same_end(resumed, unstopped)
+
+
+def test_a_killed_run_starts_again_at_its_checkpoint(unstopped, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def killed(self, state, progress):
+        if progress.step == 4:
+            raise KeyboardInterrupt
+        save(self, state, progress)
+
+    monkeypatch.setattr(Checkpoints, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(tmp_path))
+    monkeypatch.undo()
+    assert len(rollouts(tmp_path)) == 4  # of steps that will be run again
+    with (tmp_path / "metrics.jsonl").open("a") as metrics:
+        assert metrics.tell() > 0
+        metrics.write('{"step": 5, "los')
+    (tmp_path / "rollouts" / "step_000005.jsonl").write_text("torn")
+    resumed = train(tiny(tmp_path))
+    assert repeatable(resumed.history) == repeatable(unstopped.history)
+    assert_same_end(resumed, unstopped)
+
+
+def test_a_finished_run_started_again_changes_nothing(unstopped, tmp_path):
+    shutil.copytree(unstopped.folder, tmp_path / "copy")
+    again = train(tiny(tmp_path / "copy"))
+    assert again.history == unstopped.history
+    assert_same_end(again, unstopped)
+
+
+OBJECTIVES = {
+    "grpo": ["objective=grpo"],
+    "rrpo": ["objective=rrpo"],
+    "rrpo-paper": ["objective=rrpo", "method=paper"],
+    "srpo-paper-2x4": ["objective=srpo", "method=paper", "reset.layout=2x4"],
+    "ladder": ["objective=ladder", "reset.when=any_failure"],
+}
+
+
+@pytest.mark.parametrize("overrides", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_nothing_compiles_after_the_first_step(overrides, tmp_path):
+    history = train(
+        tiny(tmp_path, *overrides, "train.steps=3", "train.min_signal_groups=0")
+    ).history
+    check_shapes_and_logps(history)
+    drawn = history[1]["groups/drawn"]
+    assert drawn > 4 if "objective=grpo" not in overrides else drawn == 4
+
+
+def test_nothing_compiles_after_the_first_step_of_srpo(unstopped):
+    check_shapes_and_logps(unstopped.history)
+
+
+def check_shapes_and_logps(history):
+    assert len({line["compiles"] for line in history}) == 1
+    for line in history[1:]:
+        assert line["logp_gap"] < 1e-4
+        assert line["groups/with_signal"] > 0
+
+
+def test_trackers_that_fail_do_not_stop_a_run(unstopped, tmp_path, monkeypatch, caplog):
+    seen = []
+
+    def log(record, step):
+        seen.append(step)
+        if step == 1:
+            raise ConnectionError("no route to host")
+
+    wandb = SimpleNamespace(init=lambda **_: SimpleNamespace(log=log, finish=lambda: None))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # not installed
+    with caplog.at_level(logging.WARNING):
+        config = tiny(tmp_path, "run.tensorboard=true", "run.wandb_project=p", "train.steps=2")
+        history = train(config).history
+    assert repeatable(history)[:2] == repeatable(unstopped.history)[:2]
+    assert seen == [0, 1]
+    assert "run.tensorboard is switched off: ModuleNotFoundError" in caplog.text
+    assert "run.wandb_project is switched off: ConnectionError: no route to host" in caplog.text
+
+
+def test_the_oldest_rollouts_make_room(tmp_path):
+    folder = RunFolder(tiny(tmp_path, "run.rollouts_mb=0.01"))
+    for step in range(1, 6):
+        folder.save_trees(step, [{"text": "x" * 4000}])
+    assert list(rollouts(tmp_path)) == ["step_000004.jsonl", "step_000005.jsonl"]
+    off = RunFolder(tiny(tmp_path / "off", "run.rollouts_mb=0"))
+    off.save_trees(1, [{"text": "x"}])
+    assert rollouts(tmp_path / "off") == {}
+
+
+def jaxreset(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["jaxreset", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+
+
+def test_eval_repeats_the_accuracy_of_the_last_step(unstopped, monkeypatch, capsys):
+    jaxreset(monkeypatch, "eval", unstopped.folder / "config.yaml", "--json")
+    result = json.loads(capsys.readouterr().out)
+    last = unstopped.history[-1]
+    assert result == {k: v for k, v in last.items() if k.startswith("eval/") or k == "step"}
+    jaxreset(monkeypatch, "eval", unstopped.folder / "config.yaml", "eval.temperature=0.5")
+    assert "step 4, 16 held-out problems" in capsys.readouterr().out
+
+
+def test_export_writes_a_folder_that_loads(unstopped, tmp_path, monkeypatch, capsys):
+    config = unstopped.folder / "config.yaml"
+    jaxreset(monkeypatch, "export", config, tmp_path / "model")
+    assert "step 4 exported to" in capsys.readouterr().out
+    loaded = load_policy(tmp_path / "model")
+    assert_same_params(loaded.params, unstopped.policy.params)
+    assert loaded.eos_ids == unstopped.policy.eos_ids
+    text = "a3b8\n1:a3=3\n\\boxed{1}?\n"
+    assert loaded.tokenizer.encode(text) == unstopped.policy.tokenizer.encode(text)
+    # and the exported policy is a start for another run
+    jaxreset(monkeypatch, "eval", config, f"run.dir={tmp_path}/new", f"model.path={tmp_path}/model")
+    assert "step 0, 16 held-out problems" in capsys.readouterr().out
