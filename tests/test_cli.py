@@ -25,7 +25,8 @@ from jaxreset.training.learner import NonFiniteError
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 TINY = """
     reset.localizer.max_tokens=5 reset.localizer.max_question_tokens=112
-    sampling.max_prompt_tokens=18 sampling.max_response_tokens=24 sampling.max_step_tokens=8 warm_start.steps=0
+    sampling.max_prompt_tokens=18 sampling.max_response_tokens=24
+    sampling.max_step_tokens=8 warm_start.steps=0
     train.steps=3 train.prompts_per_step=2 train.microbatch_groups=2 train.min_signal_groups=0
     data.eval_size=4 eval.batch=4 eval.every_steps=null checkpoint.every_steps=1
 """
@@ -104,9 +105,9 @@ def test_a_dry_run_prints_shapes_and_memory_and_does_nothing(jaxreset, model, tm
     # (groups, rows, prefix, suffix) of each program, and keys and values in 4 bytes:
     # 2 x 2 layers x 2 heads x 16 numbers x groups x (prefix + rows x suffix) slots
     for row in (
-        "sample 2 4 18 24 57.0 KiB",
-        "resume 2 4 42 24 69.0 KiB",
-        "localize 2 1 112 5 58.5 KiB",
+        "sample 2 4 18 24 114.0 KiB",
+        "resume 2 4 42 24 138.0 KiB",
+        "localize 2 1 112 5 117.0 KiB",
         "evaluate 4 1 18 24 84.0 KiB",
         "update 2 4 18 24 228 tokens",
         "update 2 4 42 24 276 tokens",

@@ -80,7 +80,7 @@ def byte_pairs(texts):
 def ours(folder, tokenizer):
     sizes = DecoderConfig(
         vocab=1024, layers=2, width=64, heads=4, kv_heads=2, head_dim=16, mlp=128,
-        rope_theta=1e6, qkv_bias=True, tie_embeddings=True,
+        qkv_bias=True, tie_embeddings=True,
     )  # fmt: skip
     random_policy(sizes, tokenizer).export(folder)
 

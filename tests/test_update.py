@@ -231,12 +231,7 @@ def run(request, policies):
         return Run(learner, compiled - start, compiles() - compiled, places)
 
 
-MOVES = pytest.mark.xfail(strict=True, reason="XLA lays gradients out as it likes")
-
-
-@pytest.mark.parametrize(
-    "run", [None, pytest.param((2, 2, 2), marks=MOVES)], ids=str, indirect=True
-)
+@pytest.mark.parametrize("run", [None, (2, 2, 2)], ids=str, indirect=True)
 def test_nothing_compiles_after_compile_since_the_state_stays_where_it_is(run):
     assert run.before >= 3  # logp_gap, accumulate, apply
     assert run.after == 0

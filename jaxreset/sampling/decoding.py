@@ -279,6 +279,6 @@ def truncate(logps: Array, draws: Draws) -> Array:
     probabilities = jax.nn.softmax(by_k, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the more likely ones
     # The most likely token always stays, whatever rounding does to a tiny top_p.
-    kept = ((before < draws.top_p) & (by_k > -jnp.inf)).at[..., 0].set(True)
+    kept = (((before < draws.top_p) | (draws.top_p >= 1)) & (by_k > -jnp.inf)).at[..., 0].set(True)
     last = jnp.where(kept, ordered, jnp.inf).min(axis=-1, keepdims=True)
     return jax.nn.log_softmax(jnp.where(logps >= last, logps, -jnp.inf), axis=-1)

@@ -187,6 +187,8 @@ class Sampler:
           ValueError: snapshots of several rounds, of weights that have since been updated, or of a
             length outside the row.
         """
+        if not snapshots:
+            raise ValueError("snapshots: none given, expected at least one to resume")
         parent = snapshots[0].round
         for s in snapshots:
             if s.round is not parent:
@@ -368,8 +370,9 @@ class Sampler:
                 raise ValueError(
                     f"{name}: {len(values)} values, expected one for each of the {len(prompts)} prompts"
                 )
+        kept_of = per_prompt["kept"]
         for n, (prompt, kept) in enumerate(
-            zip(prompts, per_prompt["kept"] or [0] * len(prompts), strict=True)
+            zip(prompts, [0] * len(prompts) if kept_of is None else kept_of, strict=True)
         ):
             vocab = self.automaton.next_state.shape[1]
             if len(prompt) and not 0 <= prompt.min() <= prompt.max() < vocab:

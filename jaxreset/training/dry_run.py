@@ -44,14 +44,14 @@ def describe(config: Config, console: Console) -> None:
         math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(experiment.policy.params)
     )
     console.print(
-        f"parameters        {_size(params)} ({params // _itemsize(model):,} of {model.dtype})"
+        f"parameters            {_size(params)} ({params // _itemsize(model):,} of {model.dtype})"
     )
     console.print(f"optimizer, gradients  {_size(3 * params)}")
     held = sum(size for name, size in caches.items() if name != "evaluate")
-    console.print(f"caches of a step  {_size(held)} at most, all rounds held")
+    console.print(f"caches of a step      {_size(held)} at most, all rounds held")
     train, test = len(experiment.problems.train), len(experiment.problems.test)
     console.print(
-        f"problems          {train:,} to train on, {test:,} held out, "
+        f"problems              {train:,} to train on, {test:,} held out, "
         f"{experiment.overlong.dropped} dropped (longest prompt {experiment.overlong.longest} tokens)"
     )
     experiment.task.close()

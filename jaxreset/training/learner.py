@@ -18,6 +18,7 @@ from jaxreset.training.update import (
     accumulate,
     apply,
     init_state,
+    layout_of,
     logp_gap,
 )
 
@@ -51,6 +52,8 @@ class Learner:
         self.shapes, self.sharding = shapes, sharding
         self.temperature = np.float32(config.sampling.temperature)
         self.state: TrainState = init_state(policy.params, optimizer)
+        self._layout = layout_of(self.state)
+        self._gradient_layout = layout_of(self.state.gradients)
         self.progress = Progress(seed=config.seed)
         self._policy = policy
 
@@ -67,9 +70,17 @@ class Learner:
             params, gradients = self.state.params, self.state.gradients
             logp_gap.lower(params, batch, self.temperature, **static).compile()
             accumulate.lower(
-                gradients, params, batch, self.temperature, form=self.form, **static
+                gradients,
+                params,
+                batch,
+                self.temperature,
+                form=self.form,
+                layout=self._gradient_layout,
+                **static,
             ).compile()
-        apply.lower(self.state, np.float32(1), optimizer=self.optimizer).compile()
+        apply.lower(
+            self.state, np.float32(1), optimizer=self.optimizer, layout=self._layout
+        ).compile()
 
     def learn(self, groups: Sequence[Group], prompts: int) -> dict[str, float]:
         """One training step: an optimizer step for each minibatch, unless it waits for signal.
@@ -119,6 +130,7 @@ class Learner:
                 graph=self._policy.graph,
                 form=self.form,
                 remat=self.config.train.remat,
+                layout=self._gradient_layout,
             )
             total += float(loss)
         self.state = self.state._replace(gradients=gradients)
@@ -140,7 +152,9 @@ class Learner:
     def _apply(self) -> float:
         """One optimizer step, skipped where the gradient isn't finite; returns its norm."""
         normalizer = np.float32(self.progress.normalizer)
-        self.state, norm = apply(self.state, normalizer, optimizer=self.optimizer)
+        self.state, norm = apply(
+            self.state, normalizer, optimizer=self.optimizer, layout=self._layout
+        )
         finite = bool(np.isfinite(norm))
         bad = 0 if finite else self.progress.nonfinite + 1
         self.progress = self.progress._replace(

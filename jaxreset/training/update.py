@@ -8,7 +8,7 @@ an update waits for groups with a gradient.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxreset.losses import Aggregation, policy_loss, token_logps
 from jaxreset.models.decoder import Decoder
 
 Array = jax.Array
+Layout = tuple[jax.sharding.Sharding, ...]
 
 
 class TrainState(NamedTuple):
@@ -81,6 +82,17 @@ def init_state(params: nnx.State, optimizer: optax.GradientTransformation) -> Tr
     return TrainState(params, opt_state, zeros)
 
 
+def layout_of(tree: Any) -> Layout:
+    """The sharding of each leaf; hashable, so a static argument."""
+    return tuple(leaf.sharding for leaf in jax.tree.leaves(tree))
+
+
+def _laid_out(tree: Any, layout: Layout) -> Any:
+    """`tree` in that layout: left to itself, XLA may give a result another than its input's."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, map(jax.lax.with_sharding_constraint, leaves, layout))
+
+
 def batch_logps(
     params: nnx.State, batch: GroupBatch, temperature: Array, graph: nnx.GraphDef, remat: bool
 ) -> tuple[Array, Array]:
@@ -91,7 +103,7 @@ def batch_logps(
     return logps, jnp.arange(batch.targets.shape[-1]) < batch.lengths[..., None]
 
 
-@partial(jax.jit, static_argnames=("graph", "form", "remat"), donate_argnames="gradients")
+@partial(jax.jit, static_argnames=("graph", "form", "remat", "layout"), donate_argnames="gradients")
 def accumulate(
     gradients: nnx.State,
     params: nnx.State,
@@ -101,8 +113,12 @@ def accumulate(
     graph: nnx.GraphDef,
     form: LossForm,
     remat: bool,
+    layout: Layout | None = None,
 ) -> tuple[nnx.State, Array]:
-    """Adds a microbatch's gradient, undivided, to `gradients` (donated); returns its loss, undivided."""
+    """Adds a microbatch's gradient, undivided, to `gradients` (donated); returns its loss, undivided.
+
+    The sum keeps the `layout` of `gradients`; None leaves that to XLA.
+    """
 
     def loss(params: nnx.State) -> Array:
         logps, mask = batch_logps(params, batch, temperature, graph, remat)
@@ -118,7 +134,8 @@ def accumulate(
         )[0]
 
     value, gradient = jax.value_and_grad(loss)(params)
-    return jax.tree.map(jnp.add, gradients, gradient), value
+    total = jax.tree.map(jnp.add, gradients, gradient)
+    return total if layout is None else _laid_out(total, layout), value
 
 
 @partial(jax.jit, static_argnames=("graph", "remat"))
@@ -130,9 +147,13 @@ def logp_gap(
     return jnp.where(mask, jnp.abs(logps - batch.behavior_logps), 0).sum(), mask.sum()
 
 
-@partial(jax.jit, static_argnames="optimizer", donate_argnames="state")
+@partial(jax.jit, static_argnames=("optimizer", "layout"), donate_argnames="state")
 def apply(
-    state: TrainState, normalizer: Array, *, optimizer: optax.GradientTransformation
+    state: TrainState,
+    normalizer: Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    layout: Layout | None = None,
 ) -> tuple[TrainState, Array]:
     """One optimizer step with `gradients / normalizer`, which start from 0 again.
 
@@ -140,12 +161,13 @@ def apply(
       state: donated.
       normalizer: scalar float32: rollouts or tokens behind the gradients.
       optimizer: static.
+      layout: that of `state`, which the new state keeps; None leaves it to XLA.
 
     Returns:
       The new state, and the gradient's global norm; where that isn't finite the step is skipped.
     """
     gradients = jax.tree.map(lambda g: g / normalizer.astype(g.dtype), state.gradients)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
 
     def step(_: None) -> tuple[nnx.State, optax.OptState]:
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -156,4 +178,5 @@ def apply(
 
     params, opt_state = jax.lax.cond(jnp.isfinite(norm), step, skip, None)
     zeros = jax.tree.map(jnp.zeros_like, state.gradients)
-    return TrainState(params, opt_state, zeros), norm
+    after = TrainState(params, opt_state, zeros)
+    return after if layout is None else _laid_out(after, layout), norm
