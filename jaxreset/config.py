@@ -38,7 +38,9 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Base of all sections: immutable, and unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class FreshModel(Section):
@@ -343,7 +345,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config {path}: no such file")
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}: expected sections and keys, got {type(values).__name__}")

@@ -162,13 +162,13 @@ def test_three_steps_of_each_objective(made_up_input, tmp_path, objective):
 
 def test_a_folder_of_transformers_trains_and_exports_to_it_again(real_input, tmp_path):
     torch = pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     result = run(real_input, tmp_path / "run", "srpo")
     check_run(result, real_input)
     exported = result.policy.export(tmp_path / "exported")
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(exported)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(exported)
     text = json.loads(real_input.data.read_text(encoding="utf-8").splitlines()[0])["question"]
     tokens = np.array([tokenizer.encode(text)])
     assert tokens.tolist() == [result.policy.tokenizer.encode(text)]

@@ -24,6 +24,7 @@ import numpy as np
 from flax import nnx
 
 from jaxreset.models import huggingface
+from jaxreset.models.config_json import read_json
 from jaxreset.models.decoder import Decoder, DecoderConfig
 
 if TYPE_CHECKING:
@@ -154,10 +155,15 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise FileNotFoundError(
             f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's there"
         )
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    # AutoTokenizer replaces a generic tokenizer by the one that the model's type usually has.
+    generic = settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    loader = PreTrainedTokenizerFast if generic else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return loader.from_pretrained(str(folder), local_files_only=True)
     # The tokenizers library raises bare Exceptions.
     except Exception as error:
         raise ValueError(f"{folder}: the tokenizer can't be read: {error}") from error
