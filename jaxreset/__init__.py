@@ -28,7 +28,7 @@ _HOMES = {
     "load_policy": "jaxreset.models.policy",
     "train": "jaxreset.training.loop",
 }
-__all__ = [  # noqa: RUF022: as in the table
+__all__ = [
     "Policy",
     "Sampler",
     "StopRules",
