@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from jaxreset.errors import ConfigError, RunError
+
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file; see configs/")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=10 seed=1")
@@ -77,7 +79,7 @@ def export(
     overrides: Overrides = None,
 ) -> None:
     """Write the run's latest checkpoint as a Hugging Face folder."""
-    from jaxreset.config import ConfigError, load_config
+    from jaxreset.config import load_config
     from jaxreset.training.loop import export_run
 
     settings = load_config(config, overrides or [])
@@ -92,11 +94,9 @@ def main() -> None:
     """Entry point: errors that a user can mend are one message, without a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from jaxreset.config import ConfigError
-
     try:
         app()
-    except (ConfigError, RuntimeError) as error:
+    except (ConfigError, RunError) as error:
         # Escaped: a message may hold square brackets, and they aren't markup.
         message = f"[bold red]error:[/] {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)

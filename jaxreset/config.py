@@ -24,15 +24,12 @@ from pydantic import (
     model_validator,
 )
 
+from jaxreset.errors import ConfigError
 from jaxreset.losses import Aggregation, Scale
-from jaxreset.objectives import Layout, Method, Objective, ObjectiveName, make_objective
+from jaxreset.objectives import Method, Objective, ObjectiveName, make_objective
 from jaxreset.resets import RuleName
 
-Probability = Field(gt=0, le=1)
-
-
-class ConfigError(ValueError):
-    """A config that can't be run; the message names field, value, expectation and remedy."""
+DUMPED = "# Written by jaxreset: every key, those left to their defaults too."
 
 
 class Section(BaseModel):
@@ -141,7 +138,7 @@ class Reset(Section):
     """Where and what is reset; null takes what the objective stands for."""
 
     rule: RuleName | None = None
-    layout: Layout = "4+4"
+    layout: str = Field("4+4", description="base + reset rollouts, or reset groups x rollouts")
     rungs: PositiveInt | None = None
     when: Literal["any_failure", "all_failed"] | None = None
     seed_choice: Literal["first", "deepest"] | None = None
@@ -221,7 +218,7 @@ class Run(Section):
 class Mesh(Section):
     """Devices along each axis; the product must be the number of devices."""
 
-    data: PositiveInt = 1
+    data: PositiveInt | None = Field(None, description="null: all that the other two leave")
     fsdp: PositiveInt = 1
     tensor: PositiveInt = 1
 
@@ -275,17 +272,6 @@ class Config(Section):
                 f"train.prompts_per_step {self.train.prompts_per_step} is not divisible by "
                 f"train.minibatch_prompts {self.minibatch_prompts}"
             )
-        shards = self.mesh.data * self.mesh.fsdp
-        for name, groups in (
-            ("train.prompts_per_step", self.train.prompts_per_step),
-            ("train.microbatch_groups", self.train.microbatch_groups),
-            ("eval.batch", self.eval.batch),
-        ):
-            if groups % shards:
-                raise ValueError(
-                    f"{name} {groups} is not divisible by mesh.data {self.mesh.data} × mesh.fsdp "
-                    f"{self.mesh.fsdp} = {shards} shards"
-                )
         if self.loss.dual_clip is not None and self.loss.clip is None:
             raise ValueError(f"loss.dual_clip={self.loss.dual_clip} needs loss.clip")
         return self
@@ -320,7 +306,7 @@ class Config(Section):
         )
         reset = self.reset
         if reset.localizer.temperature is None:
-            greedy = self.method == "paper" and reset.layout == "1x8"
+            greedy = self.method == "paper" and reset.layout.startswith("1x")
             localizer = reset.localizer.model_copy(update={"temperature": 0.0 if greedy else 0.3})
             reset = reset.model_copy(update={"localizer": localizer})
         signal = self.train.min_signal_groups
@@ -363,8 +349,8 @@ def parse_config(values: dict[str, Any]) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The config as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The config as YAML, below a line that says who wrote it."""
+    return f"{DUMPED}\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}"
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -390,7 +376,9 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _explain(error: Any) -> str:
     """One problem in one line: field, value, expectation."""
-    field = ".".join(str(part) for part in error["loc"])
+    # A union adds the names of its types, which aren't keys.
+    parts = [p for p in error["loc"] if isinstance(p, int) or str(p).isidentifier()]
+    field = ".".join(str(p) for p in parts if p not in ("float", "tuple", "str"))
     if error["type"] == "extra_forbidden":
         section: Any = Config
         for part in error["loc"][:-1]:

@@ -6,6 +6,7 @@ A new objective is a new `Objective`, or a new rule in `resets`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,6 @@ from jaxreset.resets import RuleName
 
 ObjectiveName = Literal["grpo", "rrpo", "srpo", "ladder"]
 Method = Literal["ours", "paper"]
-Layout = Literal["4+4", "2x4", "1x8"]
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,21 @@ def make_objective(
     *,
     method: Method = "ours",
     rule: RuleName | None = None,
-    layout: Layout = "4+4",
+    layout: str = "4+4",
     rungs: int | None = None,
     when: Literal["any_failure", "all_failed"] | None = None,
     seed_choice: Literal["first", "deepest"] | None = None,
 ) -> Objective:
     """The objective of a config; None takes what the objective's name stands for.
 
+    Args:
+      layout: "B+K": B rollouts from the prompt, and K from a reset state; "GxK": no base group, K
+        rollouts from each of G reset states. GRPO draws as many in all, in one group.
+
     Raises:
       ValueError: a choice that the objective doesn't have, with what to do.
     """
+    base, resets, branches = parse_layout(layout)
     if name == "grpo":
         asked: dict[str, object] = {
             "rule": rule,
@@ -84,21 +89,20 @@ def make_objective(
             "when": when,
             "seed_choice": seed_choice,
         }
-        asked["layout"] = None if layout == "4+4" else layout
         if given := {k: v for k, v in asked.items() if v is not None}:
             raise ValueError(f"objective=grpo has no resets, but reset got {given}; leave them out")
-        return Objective(rule=None, base=8, top_up=False)
+        return Objective(rule=None, base=base + resets * branches, top_up=False)
     if name == "ladder":
-        if method == "paper" or layout != "4+4":
+        if method == "paper" or base == 0:
             raise ValueError(
-                f"objective=ladder with method={method}, layout={layout}: the ladder is ours, with "
-                "layout 4+4 only; use method=ours and layout=4+4"
+                f"objective=ladder with method={method}, layout={layout}: the ladder is ours and "
+                "starts from a base group; use method=ours and a layout such as 4+4"
             )
         return Objective(
             rule=rule or "self",
-            base=4,
-            resets=1,
-            branches=4,
+            base=base,
+            resets=resets,
+            branches=branches,
             rungs=3 if rungs is None else rungs,
             when=when or "all_failed",
             seed_choice=seed_choice or "deepest",
@@ -106,7 +110,6 @@ def make_objective(
         )
     if rungs not in (None, 1):
         raise ValueError(f"reset.rungs={rungs}: {name} resets once; use objective=ladder for more")
-    base, resets, branches = {"4+4": (4, 1, 4), "2x4": (0, 2, 4), "1x8": (0, 1, 8)}[layout]
     drop_seeds = method == "paper" or base == 0
     if drop_seeds and (when == "all_failed" or seed_choice == "deepest"):
         raise ValueError(
@@ -121,4 +124,27 @@ def make_objective(
         when=when or "any_failure",
         seed_choice=seed_choice or "first",
         drop_seeds=drop_seeds,
+        max_draws=3 * (base + resets * branches) // 2,
     )
+
+
+def parse_layout(layout: str) -> tuple[int, int, int]:
+    """ "4+4" -> (4, 1, 4) and "2x4" -> (0, 2, 4): base rollouts, reset groups, rollouts in each.
+
+    Raises:
+      ValueError: neither form, or a group without two rollouts to compare.
+    """
+    match = re.fullmatch(r"(\d+)([+x])(\d+)", layout)
+    if not match:
+        raise ValueError(
+            f"reset.layout={layout}: expected B+K (a base group and a reset group), such as 4+4, or "
+            "GxK (reset groups alone), such as 2x4"
+        )
+    first, branches = int(match[1]), int(match[3])
+    base, resets = (first, 1) if match[2] == "+" else (0, first)
+    if branches < 2 or base == 1 or first == 0:
+        raise ValueError(
+            f"reset.layout={layout}: a group needs at least 2 rollouts whose outcomes can differ; "
+            "enlarge it"
+        )
+    return base, resets, branches

@@ -14,13 +14,13 @@ from model_helpers import random_policy
 from typer.testing import CliRunner
 
 from jaxreset import cli
+from jaxreset.errors import RunError
 from jaxreset.models.decoder import DecoderConfig
 from jaxreset.models.policy import load_policy
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask
 from jaxreset.training import loop
 from jaxreset.training.compiles import compiles
-from jaxreset.training.learner import NonFiniteError
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 TINY = """
@@ -154,7 +154,7 @@ def test_a_run_that_breaks_leaves_what_it_computed(jaxreset, tmp_path, monkeypat
 
 def test_a_run_without_finite_gradients_ends_with_one_message(jaxreset, monkeypatch):
     def diverging(config, display):
-        raise NonFiniteError("5 gradients in a row weren't finite [see rollouts/]")
+        raise RunError("5 gradients in a row weren't finite [see rollouts/]")
 
     monkeypatch.setattr(loop, "train", diverging)
     shown = jaxreset("train", code=1)

@@ -370,18 +370,18 @@ def test_templates_of_ones_own(tmp_path):
     solve, localize = tmp_path / "solve.txt", tmp_path / "localize.txt"
     solve.write_text("Q: {problem} \\boxed{N} {delimiter}")
     localize.write_text("{count} in {problem}: {steps}")
-    own = MathTask(solve_template=solve, localize_template=str(localize))
+    own = MathTask(solve_prompt=solve, localize_prompt=str(localize))
     problem = Problem("p", "x?", "1")
     assert own.prompt(problem) == "Q: x? \\boxed{N} </thought>"
     assert own.localization(problem, ["a", "b"]) == "2 in x?: Step 1: a\n\nStep 2: b"
 
 
-@pytest.mark.parametrize("argument", ["solve_template", "localize_template"])
+@pytest.mark.parametrize("argument", ["solve_prompt", "localize_prompt"])
 def test_refused_templates(tmp_path, argument):
     with pytest.raises(FileNotFoundError, match=f"{argument}: no such file: .*away.txt"):
         MathTask(**{argument: tmp_path / "away.txt"})
     (tmp_path / "bare.txt").write_text("Solve $problem, {steps}.")
-    lacks = "{problem}" if argument == "solve_template" else "{problem}, {count}"
+    lacks = "{problem}" if argument == "solve_prompt" else "{problem}, {count}"
     with pytest.raises(ValueError, match=f"{argument}: .*bare.txt lacks {lacks};"):
         MathTask(**{argument: tmp_path / "bare.txt"})
 

@@ -48,6 +48,7 @@ def materials(tmp_path_factory):
         "long.jsonl": f"{good}\n" + json.dumps(PROBLEM | {"question": "ten " * 900}) + "\n",
         "bare.txt": "Solve it.",
         "a-file": "",
+        "config.yaml": "objective: grpo",
     }.items():
         (folder / name).write_text(text)
 
@@ -130,11 +131,14 @@ REFUSED = [
     chain("optimizer.learning_rate=0", "optimizer.learning_rate", "greater than 0", "got 0"),
     chain("optimizer.learning_rate=-1e-4", "optimizer.learning_rate", "got -0.0001"),
     chain("optimizer.learning_rate=nan", "optimizer.learning_rate", "got nan"),
+    chain("optimizer.learning_rate=inf", "optimizer.learning_rate", "finite", "got inf"),
     chain("sampling.temperature=0", "sampling.temperature", "greater than 0", "got 0"),
     chain("sampling.top_p=1.5", "sampling.top_p", "less than or equal to 1", "got 1.5"),
     chain("objective=ppo", "objective", "'grpo', 'rrpo', 'srpo' or 'ladder'", "got 'ppo'"),
-    chain("reset.layout=3+5", "reset.layout", "'4+4', '2x4' or '1x8'", "got '3+5'"),
-    chain("loss.clip=-0.2", "loss.clip", "greater than 0", "got -0.2"),
+    chain("reset.layout=4*4", "reset.layout=4*4", "expected B+K", "such as 4+4"),
+    chain("reset.layout=4+1", "reset.layout=4+1", "a group needs at least 2 rollouts"),
+    chain("objective=grpo reset.layout=0+1", "reset.layout=0+1", "at least 2 rollouts"),
+    chain("loss.clip=-0.2", "error: loss.clip: Input should be", "greater than 0", "got -0.2"),
     chain("seed=4294967296", "seed", "less than 4294967296", "got 4294967296"),
     chain("task.min_terms=9 task.max_terms=4", "min_terms 9 must not exceed max_terms 4"),
     chain("model.fresh.width=128 model.fresh.heads=3", "model.fresh: width 128", "heads 3"),
@@ -164,7 +168,11 @@ REFUSED = [
     chain("objective=grpo reset.rule=random", "objective=grpo has no resets", "leave them out"),
     chain("reset.rungs=2", "reset.rungs=2", "use objective=ladder"),
     chain("objective=ladder method=paper", "method=paper", "use method=ours"),
-    chain("objective=ladder reset.layout=2x4", "layout=2x4", "use method=ours and layout=4+4"),
+    chain(
+        "objective=ladder reset.layout=2x4",
+        "layout=2x4",
+        "use method=ours and a layout such as 4+4",
+    ),
     chain("method=paper reset.when=all_failed", "reset.when=all_failed", "leave both out"),
     chain("loss.dual_clip=3", "loss.dual_clip=3", "needs loss.clip"),
     math("reset.rule=oracle", "reset.rule=oracle", "use chain, or another rule"),
@@ -189,8 +197,8 @@ REFUSED = [
         "max_prompt_tokens=9 (the shortest has 587",
         "raise the limit",
     ),
-    math("task.solve_prompt=none.txt", "solve_", "no such file: none.txt"),
-    math("task.solve_prompt=bare.txt", "solve_", "bare.txt lacks {problem}", "put each"),
+    math("task.solve_prompt=none.txt", "solve_prompt: no such file: none.txt"),
+    math("task.solve_prompt=bare.txt", "solve_prompt: bare.txt lacks {problem}", "put each"),
     # problems
     math("data.path=none.jsonl", "data.path", "none.jsonl", "no such file"),
     math("data.eval_path=none.jsonl", "data.eval_path", "none.jsonl", "no such file"),
@@ -213,6 +221,7 @@ REFUSED = [
     math("model.path=./words", "delimiter", "'</thought>'"),
     # the run folder
     chain("run.dir=a-file/run", "run.dir", "a-file/run can't be written", "name another folder"),
+    chain("run.dir=.", "run.dir", "a config.yaml that isn't a run's", "name another folder"),
     chain("run.dir=taken", "run.dir", "seed: 5 there, 0 asked", "name another run.dir"),
 ]
 
@@ -224,3 +233,18 @@ def test_a_run_refuses(refused, arguments, words):
     print(message)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    "command", [["eval", "quickstart.yaml"], ["export", "quickstart.yaml", "exported"]]
+)
+def test_eval_and_export_refuse_another_policy_than_the_run_has(refused, command):
+    message = refused(*command, "run.dir=taken", "model.fresh.layers=1")
+    assert "taken holds another config's run (model.fresh.layers: 3 there, 1 asked)" in message
+
+
+def test_a_refused_run_leaves_no_config_behind(refused, tmp_path):
+    refused(
+        "train", "gsm8k.yaml", "model.path=./none", "data.path=good.jsonl", f"run.dir={tmp_path}"
+    )
+    assert not (tmp_path / "config.yaml").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from types import SimpleNamespace
 from typing import get_args
@@ -286,8 +287,8 @@ def test_sizes_of_objectives(objective, sizes):
         ("grpo", {"when": "all_failed"}, r"'when': 'all_failed'"),
         ("grpo", {"seed_choice": "first"}, r"'seed_choice': 'first'"),
         ("ladder", {"method": "paper"}, r"objective=ladder with method=paper.*use method=ours"),
-        ("ladder", {"layout": "2x4"}, r"layout=2x4: .*layout=4\+4"),
-        ("ladder", {"layout": "1x8"}, r"layout=1x8: .*layout=4\+4"),
+        ("ladder", {"layout": "2x4"}, r"layout=2x4: .*such as 4\+4"),
+        ("ladder", {"layout": "1x8"}, r"layout=1x8: .*such as 4\+4"),
         ("rrpo", {"rungs": 2}, r"reset\.rungs=2: rrpo resets once; use objective=ladder"),
         ("srpo", {"rungs": 3}, r"reset\.rungs=3: srpo resets once; use objective=ladder"),
         ("srpo", {"method": "paper", "when": "all_failed"}, r"reset\.when=all_failed.*leave both"),
@@ -301,9 +302,25 @@ def test_refused_objectives(name, choices, message):
         make_objective(name, **choices)
 
 
-def test_grpo_refuses_a_layout():
-    with pytest.raises(ValueError, match="layout"):
-        make_objective("grpo", layout="1x8")
+def test_layouts_may_have_other_sizes():
+    assert make_objective("grpo", layout="8+8") == Objective(rule=None, base=16, top_up=False)
+    wide = make_objective("srpo", method="paper", layout="16+16")
+    assert (wide.first_draw, wide.rollouts, wide.max_draws) == (17, 32, 48)
+    assert make_objective("ladder", layout="2+6").branches == 6
+
+
+@pytest.mark.parametrize("layout", ["", "4", "4-4", "+4", "4+4+4"])
+def test_a_layout_of_another_form_is_refused(layout):
+    with pytest.raises(ValueError, match=r"reset\.layout=.*expected B\+K"):
+        make_objective("grpo", layout=layout)
+
+
+@pytest.mark.parametrize("layout", ["1+4", "4+1", "2x1", "0x4", "0+1"])
+def test_a_group_of_one_is_refused(layout):
+    with pytest.raises(
+        ValueError, match=f"reset.layout={re.escape(layout)}: a group needs at least 2"
+    ):
+        make_objective("srpo", layout=layout)
 
 
 def test_paper_localizes_greedily_for_one_by_eight():

@@ -264,10 +264,12 @@ def test_trackers_that_fail_do_not_stop_a_run(unstopped, tmp_path, monkeypatch, 
 
 def test_the_oldest_rollouts_make_room(tmp_path):
     folder = RunFolder(tiny(tmp_path, "run.rollouts_mb=0.01"))
+    folder.check_writable()
     for step in range(1, 6):
         folder.save_trees(step, [{"text": "x" * 4000}])
     assert list(rollouts(tmp_path)) == ["step_000004.jsonl", "step_000005.jsonl"]
     off = RunFolder(tiny(tmp_path / "off", "run.rollouts_mb=0"))
+    off.check_writable()
     off.save_trees(1, [{"text": "x"}])
     assert rollouts(tmp_path / "off") == {}
 

@@ -14,11 +14,12 @@ import pytest
 from flax import nnx
 
 from jaxreset.config import Optimizer, parse_config
+from jaxreset.errors import RunError
 from jaxreset.groups import Group, PackShape, pack
 from jaxreset.parallel import make_mesh, param_shardings, rows_sharding
 from jaxreset.sampling import Stream
 from jaxreset.training.compiles import compiles
-from jaxreset.training.learner import Learner, NonFiniteError
+from jaxreset.training.learner import Learner
 from jaxreset.training.update import LossForm, accumulate, logp_gap, make_optimizer
 
 VOCAB, ROWS, PREFIX, SUFFIX = 28, 4, 9, 6
@@ -330,7 +331,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(policy64):
     assert_close(learner.state.params, other.state.params, 0)
     assert learner.progress.nonfinite == 0
     learner.learn(bad, prompts=4)
-    with pytest.raises(NonFiniteError, match="2 gradients in a row"):
+    with pytest.raises(RunError, match="2 gradients in a row"):
         learner.learn(bad, prompts=4)
     assert_close(learner.state.params, other.state.params, 0)
 

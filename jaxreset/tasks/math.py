@@ -27,8 +27,8 @@ class MathTask:
     can't tell the true first wrong step.
 
     Args:
-        solve_template: file to use instead of the shipped `solve.txt`; must contain `{problem}`.
-        localize_template: file to use instead of `localize.txt`; must contain `{problem}`,
+        solve_prompt: file to use instead of the shipped `solve.txt`; must contain `{problem}`.
+        localize_prompt: file to use instead of `localize.txt`; must contain `{problem}`,
             `{steps}` and `{count}`.
         processes: how many reward workers compare answers.
         cpu_seconds: CPU time that one comparison may take, else it scores 0.
@@ -45,14 +45,14 @@ class MathTask:
     def __init__(
         self,
         *,
-        solve_template: str | Path | None = None,
-        localize_template: str | Path | None = None,
+        solve_prompt: str | Path | None = None,
+        localize_prompt: str | Path | None = None,
         processes: int = 2,
         cpu_seconds: float = 5.0,
     ):
-        self._solve = _template("solve_template", solve_template, "solve.txt", _SOLVE_FIELDS)
+        self._solve = _template("solve_prompt", solve_prompt, "solve.txt", _SOLVE_FIELDS)
         self._localize = _template(
-            "localize_template", localize_template, "localize.txt", _LOCALIZE_FIELDS
+            "localize_prompt", localize_prompt, "localize.txt", _LOCALIZE_FIELDS
         )
         self._workers = RewardWorkers(
             score_answer, processes=processes, cpu_seconds=cpu_seconds, prepare=prepare_verifier

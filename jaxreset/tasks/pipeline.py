@@ -145,8 +145,8 @@ def make_task(config: Any) -> Task:
     if config.name == "chain":
         return ChainTask(config.min_terms, config.max_terms, config.modulus, config.mistakes)
     return MathTask(
-        solve_template=config.solve_prompt,
-        localize_template=config.localize_prompt,
+        solve_prompt=config.solve_prompt,
+        localize_prompt=config.localize_prompt,
         processes=config.processes,
         cpu_seconds=config.cpu_seconds,
     )

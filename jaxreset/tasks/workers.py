@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxreset.errors import RunError
 from jaxreset.tasks.base import Problem, Scores
 
 Item = tuple[Problem, str]
@@ -117,7 +118,7 @@ class RewardWorkers:
             fired.
 
         Raises:
-            RuntimeError: naming the case, when `score_one` raises or returns no finite number, or
+            RunError: naming the case, when `score_one` raises or returns no finite number, or
                 when an item's worker dies twice; and when a worker can't start. All workers are
                 ended first, and start anew at the next call.
         """
@@ -156,7 +157,7 @@ class RewardWorkers:
                 if index is None:
                     if outcome == _DIED and worker.ready:
                         continue  # ended from outside, between two calls
-                    raise RuntimeError(f"reward worker {outcome} while starting: {detail}")
+                    raise RunError(f"reward worker {outcome} while starting: {detail}")
                 case = _name(index, items[index])
                 if outcome in (_TIMED_OUT, _OUT_OF_MEMORY):
                     timeouts.append(index)
@@ -166,7 +167,7 @@ class RewardWorkers:
                     waiting.appendleft(index)
                     logger.warning("reward worker %s (%s), retrying: %s", outcome, detail, case)
                 else:
-                    raise RuntimeError(f"reward worker {outcome} on {case}: {detail}")
+                    raise RunError(f"reward worker {outcome} on {case}: {detail}")
         return Scores(rewards, tuple(sorted(timeouts)))
 
     def _hand_out(self, waiting: deque[int], items: Sequence[Item]) -> None:

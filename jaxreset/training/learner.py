@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from jaxreset.config import Config
+from jaxreset.errors import RunError
 from jaxreset.groups import Group, GroupBatch, PackShape, empty_batch, pack
 from jaxreset.models.policy import Policy
 from jaxreset.training.checkpoints import Progress
@@ -21,10 +22,6 @@ from jaxreset.training.update import (
     layout_of,
     logp_gap,
 )
-
-
-class NonFiniteError(RuntimeError):
-    """Too many gradients in a row that weren't finite."""
 
 
 class Learner:
@@ -161,7 +158,7 @@ class Learner:
             version=self.progress.version + finite, nonfinite=bad, signal_groups=0, normalizer=0.0
         )
         if bad >= self.config.train.max_nonfinite:
-            raise NonFiniteError(
+            raise RunError(
                 f"{bad} gradients in a row weren't finite; the parameters are the last good ones. "
                 "Lower optimizer.learning_rate, or look at the rewards in rollouts/"
             )

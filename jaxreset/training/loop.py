@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxreset.config import Config, ConfigError
+from jaxreset.config import Config
+from jaxreset.errors import ConfigError
 from jaxreset.groups import set_advantages
 from jaxreset.models.policy import Policy
 from jaxreset.reporting.curve import draw_curve
@@ -49,11 +50,13 @@ def train(config: Config, display: Display | None = None) -> Result:
 
     Raises:
       ConfigError: before anything is compiled.
-      NonFiniteError: gradients stopped being finite.
+      RunError: gradients stopped being finite, or a reward worker failed.
     """
     display = display or Display(quiet=True)
     folder = RunFolder(config)
+    folder.check_writable()
     experiment = make_experiment(config)
+    folder.claim()
     trackers = Trackers(config, folder.path)
     checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
     try:
@@ -208,9 +211,11 @@ def _traced(wanted: bool, path: Path) -> Iterator[None]:
 
 def evaluate_run(config: Config) -> tuple[int, dict[str, float]]:
     """Accuracy of the run's latest checkpoint, and its step; of the starting policy without one."""
+    folder = RunFolder(config)
+    folder.check_same_policy()
     experiment = make_experiment(config)
     try:
-        step, policy = _latest(experiment)
+        step, policy = _latest(experiment, folder)
         return step, _evaluations(experiment, policy, step)
     finally:
         experiment.task.close()
@@ -218,22 +223,23 @@ def evaluate_run(config: Config) -> tuple[int, dict[str, float]]:
 
 def export_run(config: Config, output: Path) -> int:
     """Writes the run's latest checkpoint as a Hugging Face folder; returns its step."""
+    folder = RunFolder(config)
+    folder.check_same_policy()
     experiment = make_experiment(config)
-    step, policy = _latest(experiment)
+    step, policy = _latest(experiment, folder)
     policy.export(output)
     return step
 
 
-def _latest(experiment: Experiment) -> tuple[int, Policy]:
+def _latest(experiment: Experiment, folder: RunFolder) -> tuple[int, Policy]:
     config, policy = experiment.config, experiment.policy
-    path = Path(config.run.dir).expanduser().absolute() / "checkpoints"
-    if not path.is_dir():
+    if not folder.checkpoints.is_dir():
         if config.model.path is None:
             raise ConfigError(
                 f"run.dir {config.run.dir} holds no checkpoint, and model.path is null; train first"
             )
         return 0, policy
-    checkpoints = Checkpoints(path, keep=config.checkpoint.keep)
+    checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state, progress = checkpoints.restore(init_state(policy.params, optimizer))
     checkpoints.close()

@@ -10,28 +10,35 @@ from typing import Any
 
 import yaml
 
-from jaxreset.config import Config, ConfigError, dump_config
+from jaxreset.config import DUMPED, Config, dump_config
+from jaxreset.errors import ConfigError
 
 # What may differ when a run is started again: none of it changes a result already there.
-FREE_KEYS = ("run", "checkpoint", "eval", "train.steps", "train.max_nonfinite")
+FREE_KEYS: tuple[str, ...] = ("run", "checkpoint", "eval", "train.steps", "train.max_nonfinite")
 
 
 class RunFolder:
     """`config.yaml`, `metrics.jsonl`, `rollouts/`, `checkpoints/` under one folder.
 
     Args:
-      config: resolved; its `run.dir` names the folder, which is made if need be.
-
-    Raises:
-      ConfigError: the folder can't be written, or holds another config's run.
+      config: resolved; its `run.dir` names the folder.
     """
 
     def __init__(self, config: Config):
+        self.config = config
         self.path = Path(config.run.dir).expanduser().absolute()
+        self.saved = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.rollouts = self.path / "rollouts"
         self.checkpoints = self.path / "checkpoints"
         self._limit = int(config.run.rollouts_mb * 2**20)
+
+    def check_writable(self) -> None:
+        """Makes the folder if need be.
+
+        Raises:
+          ConfigError: it can't be written, or holds another config's run or somebody's `config.yaml`.
+        """
         try:
             self.rollouts.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -41,11 +48,44 @@ class RunFolder:
             raise ConfigError(
                 f"run.dir {self.path} can't be written: {error.strerror}; name another folder"
             ) from error
-        saved = self.path / "config.yaml"
+        if self.saved.exists() and not self.saved.read_text().startswith(DUMPED):
+            raise ConfigError(
+                f"run.dir {self.path} holds a config.yaml that isn't a run's; name another folder"
+            )
+        free = FREE_KEYS
+        if self.config.optimizer.schedule != "constant":  # it ends with the last step
+            free = tuple(key for key in free if key != "train.steps")
+        self._refuse_other_run(free=free)
+
+    def check_same_policy(self) -> None:
+        """Raises `ConfigError` where the folder's checkpoints are of another policy or optimizer."""
+        self._refuse_other_run(only=("model", "optimizer"))
+
+    def claim(self) -> None:
+        """Writes the resolved config: from now on the folder is this run's."""
+        _write(self.saved, dump_config(self.config))
+
+    def _refuse_other_run(
+        self, *, only: tuple[str, ...] = ("",), free: tuple[str, ...] = ()
+    ) -> None:
         # Before the first checkpoint there is nothing to go on from: a mended config may start anew.
-        if saved.exists() and any(self.checkpoints.glob("*")):
-            _refuse_other_run(yaml.safe_load(saved.read_text()), config, self.path)
-        _write(saved, dump_config(config))
+        if not self.saved.exists() or not any(self.checkpoints.glob("*")):
+            return
+        before = _flat(yaml.safe_load(self.saved.read_text()))
+        now = _flat(self.config.model_dump(mode="json"))
+        differing = [
+            key
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key) and _below(key, only) and not _below(key, free)
+        ]
+        if differing:
+            shown = ", ".join(
+                f"{k}: {before.get(k)!r} there, {now.get(k)!r} asked" for k in differing[:3]
+            )
+            raise ConfigError(
+                f"run.dir {self.path} holds another config's run ({shown}); name another run.dir, "
+                "or delete it"
+            )
 
     def cut_back(self, step: int) -> None:
         """Drops what was written after `step`: those steps will be run again."""
@@ -88,24 +128,9 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _refuse_other_run(saved: Any, config: Config, path: Path) -> None:
-    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
-    free: tuple[str, ...] = FREE_KEYS
-    if config.optimizer.schedule != "constant":
-        free = tuple(key for key in free if key != "train.steps")
-    differing = [
-        key
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-        and not any(key == f or key.startswith(f + ".") for f in free)
-    ]
-    if differing:
-        shown = ", ".join(
-            f"{k}: {before.get(k)!r} there, {now.get(k)!r} asked" for k in differing[:3]
-        )
-        raise ConfigError(
-            f"run.dir {path} holds another config's run ({shown}); name another run.dir, or delete it"
-        )
+def _below(key: str, sections: tuple[str, ...]) -> bool:
+    """Whether `key` is one of `sections` or inside one; "" holds every key."""
+    return any(not s or key == s or key.startswith(f"{s}.") for s in sections)
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxreset.config import Config, ConfigError
+from jaxreset.config import Config
+from jaxreset.errors import ConfigError
 from jaxreset.groups import PackShape
 from jaxreset.models.decoder import DecoderConfig
 from jaxreset.models.policy import Policy, load_policy, new_policy
@@ -82,7 +83,7 @@ def make_plan(config: Config, objective: Objective) -> Plan:
         localize=localize,
         evaluate=Shape(config.eval.batch, 1, prompt, response),
         pack=tuple(pack),
-        sets=(prompts * (1 + o.rungs * o.resets), max(o.base + o.resets * o.branches, 8)),
+        sets=(prompts * (1 + o.rungs * o.resets), o.base + o.resets * o.branches),
     )
 
 
@@ -137,7 +138,7 @@ def make_experiment(config: Config) -> Experiment:
 def _make_experiment(config: Config) -> Experiment:
     objective = config.make_objective()
     plan = make_plan(config, objective)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = _mesh(config)
     task = make_task(config.task)
     problems = _problems(config, task)
     policy = _policy(config)
@@ -202,6 +203,23 @@ def _make_experiment(config: Config) -> Experiment:
         form=LossForm(config.loss.aggregation, config.loss.clip, config.loss.dual_clip),
         sharding=sharding,
     )
+
+
+def _mesh(config: Config) -> jax.sharding.Mesh:
+    fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
+    data = config.mesh.data or max(len(jax.devices()) // (fsdp * tensor), 1)
+    # Groups are split over data and fsdp, each shard taking equally many.
+    for name, groups in (
+        ("train.prompts_per_step", config.train.prompts_per_step),
+        ("train.microbatch_groups", config.train.microbatch_groups),
+        ("eval.batch", config.eval.batch),
+    ):
+        if groups % (data * fsdp):
+            raise ConfigError(
+                f"{name} {groups} is not divisible by mesh.data {data} × mesh.fsdp {fsdp} = "
+                f"{data * fsdp} shards"
+            )
+    return make_mesh(data, fsdp, tensor)
 
 
 def _problems(config: Config, task: Task) -> Problems:

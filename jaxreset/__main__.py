@@ -1,0 +1,5 @@
+"""`python -m jaxreset` is the command `jaxreset`."""
+
+from jaxreset.cli import main
+
+main()
