@@ -210,6 +210,12 @@ def test_demonstrated_localizations_name_the_first_wrong_step_of_a_wrong_solutio
         answer = parse_answer(completion, len(steps))
         assert answer == Answer(TASK.first_wrong_step(problem, steps), "boxed")
         named[answer.step] += 1
+        *agreed, last = completion.partition("\\boxed{")[0].split("\n")
+        checks = [line.split(":") for line in (*agreed, last)]
+        claims = [step.partition("=")[2] for step in steps]
+        assert [claim for _, claim in checks] == claims[: answer.step]
+        assert [sum_ for sum_, _ in checks] == TASK.solution(problem)[: answer.step]
+        assert [sum_[-1] == claim for sum_, claim in checks] == [True] * len(agreed) + [False]
     assert set(named) == set(range(1, 9))
 
 

@@ -9,10 +9,10 @@ the sum so far.
                                     \boxed{6}                  3:c5=7
                                                                4:\boxed{7}
                                                                ?             answer   a3=3:3
-                                                                                      b8=2:1\boxed{2}
+                                                                                      b8=1:2\boxed{2}
 
-A localisation's answer quotes line after line, each with the sum as it should be, and names the
-first where they differ.
+A localisation's answer solves line after line, each with the sum that the response gave, and names
+the first where they differ.
 
 A problem needs no file, and the checker knows the first wrong step. The demonstrations make
 mistakes and carry them on, so a policy that imitates them errs at a chosen rate at every step:
@@ -164,8 +164,8 @@ class ChainTask:
         while steps == right:
             steps = self.solution(problem, rng=rng)
         wrong = self.first_wrong_step(problem, steps)
-        quoted = zip(steps[:wrong], right, strict=False)
-        checks = "\n".join(f"{step}:{should.rpartition('=')[2]}" for step, should in quoted)
+        claims = zip(right, steps[:wrong], strict=False)
+        checks = "\n".join(f"{should}:{step.rpartition('=')[2]}" for should, step in claims)
         return self.localization(problem, steps), f"{checks}\\boxed{{{wrong}}}"
 
     def close(self) -> None:

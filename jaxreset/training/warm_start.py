@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxreset.config import WarmStart
 from jaxreset.losses import token_logps
@@ -21,57 +22,111 @@ from jaxreset.tasks.chain import ChainTask
 
 Array = jax.Array
 
+# Solving comes first: localising is learnt quickly once the sums are known, and hardly before.
+SOLVING_ONLY = 0.45
 
-def demonstration_batches(
+# What each matrix sums over and what it gives; axis 0 is the layer. The rest is left to Adam.
+MATRICES = {
+    "q": MuonDimensionNumbers((1,), (2, 3)),
+    "k": MuonDimensionNumbers((1,), (2, 3)),
+    "v": MuonDimensionNumbers((1,), (2, 3)),
+    "o": MuonDimensionNumbers((1, 2), (3,)),
+    "gate": MuonDimensionNumbers((1,), (2,)),
+    "up": MuonDimensionNumbers((1,), (2,)),
+    "down": MuonDimensionNumbers((1,), (2,)),
+}
+
+
+class Demonstrations(NamedTuple):
+    """Right-padded prompts with completions: tokens `[B, T]`, completion starts and ends `[B]`."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+def demonstrations(
     task: ChainTask, problems: Sequence[Problem], tokenizer: Any, config: WarmStart, *, seed: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Batches of demonstrations: tokens [B, T], completion starts [B] and ends [B].
+) -> Iterator[tuple[Demonstrations, ...]]:
+    """What each step learns from: solutions, and later as many localisations beside them.
 
-    T is the longest demonstration's length that was met, rounded up to a multiple of 16.
+    Lengths are rounded up to multiples of 16, so that few shapes are compiled.
     """
-    eos = tokenizer.eos_token_id
-    for step in range(config.steps):
-        rng = np.random.default_rng((seed, step))
+
+    def draw(show: Callable[..., tuple[str, str]], count: int) -> Demonstrations:
         encoded = []
-        for _ in range(config.batch):
-            problem = problems[int(rng.integers(len(problems)))]
-            # Localising is easier to learn once the sums are known.
-            solve = step < config.steps // 3 or rng.random() < 0.5
-            show = task.demonstrate_solution if solve else task.demonstrate_localization
-            prompt, completion = map(tokenizer.encode, show(problem, rng))
-            encoded.append((len(prompt), [*prompt, *completion, eos]))
-        width = -(-max(len(tokens) for _, tokens in encoded) // 16) * 16
-        tokens = np.zeros((config.batch, width), np.int32)
+        for problem in rng.integers(len(problems), size=count):
+            prompt, completion = map(tokenizer.encode, show(problems[int(problem)], rng))
+            encoded.append((len(prompt), [*prompt, *completion, tokenizer.eos_token_id]))
+        width = -(-max(len(ids) for _, ids in encoded) // 16) * 16
+        tokens = np.zeros((count, width), np.int32)
         for row, (_, ids) in enumerate(encoded):
             tokens[row, : len(ids)] = ids
         starts = np.array([start for start, _ in encoded], np.int32)
-        ends = np.array([len(ids) for _, ids in encoded], np.int32)
-        yield tokens, starts, ends
+        return Demonstrations(tokens, starts, np.array([len(i) for _, i in encoded], np.int32))
+
+    half = max(config.batch // 2, 1)
+    for step in range(config.steps):
+        rng = np.random.default_rng((seed, step))
+        if step < SOLVING_ONLY * config.steps:
+            yield (draw(task.demonstrate_solution, config.batch),)
+        else:
+            yield (
+                draw(task.demonstrate_solution, half),
+                draw(task.demonstrate_localization, half),
+            )
+
+
+def make_warm_start_optimizer(config: WarmStart) -> optax.GradientTransformation:
+    """Muon on the matrices, which learns the sums in half of AdamW's steps, and AdamW elsewhere."""
+    warmup = max(config.steps // 20, 1)
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warmup, max(config.steps, warmup + 1)
+    )
+
+    def matrices(params: nnx.State) -> Any:
+        def of(path: tuple[Any, ...], _: Array) -> MuonDimensionNumbers | None:
+            names = (str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+            return next((MATRICES[name] for name in names if name in MATRICES), None)
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        muon(
+            rate,
+            adam_learning_rate=lambda step: 0.1 * rate(step),
+            adam_b2=0.95,
+            weight_decay=1e-4,
+            muon_weight_dimension_numbers=matrices,
+        ),
+    )
 
 
 @partial(jax.jit, static_argnames=("graph", "optimizer"), donate_argnums=(0, 1))
 def supervised_step(
     params: nnx.State,
     opt_state: optax.OptState,
-    tokens: Array,
-    starts: Array,
-    ends: Array,
+    batches: tuple[Demonstrations, ...],
     *,
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
 ) -> tuple[nnx.State, optax.OptState, Array]:
-    """One step on the negative log-likelihood of completions; see `demonstration_batches`.
+    """One step on the negative log-likelihood of completions, the sum of the batches' means.
 
-    It is the mean over demonstrations of each one's mean, so that a short answer to a localisation
-    question weighs as much as a long solution.
+    A batch's mean is over demonstrations, of each one's mean over its tokens: a short answer weighs
+    as much as a long one.
     """
 
     def loss(params: nnx.State) -> Array:
         model: Decoder = nnx.merge(graph, params)
-        logps = token_logps(model.hidden(tokens[:, :-1]), model.head, tokens[:, 1:])
-        position = jnp.arange(1, tokens.shape[1])
-        mask = (position >= starts[:, None]) & (position < ends[:, None])
-        return -(jnp.where(mask, logps, 0).sum(-1) / (ends - starts)).mean()
+        total = jnp.zeros(())
+        for tokens, starts, ends in jax.tree.map(jnp.asarray, batches):
+            logps = token_logps(model.hidden(tokens[:, :-1]), model.head, tokens[:, 1:])
+            position = jnp.arange(1, tokens.shape[1])
+            mask = (position >= starts[:, None]) & (position < ends[:, None])
+            total -= (jnp.where(mask, logps, 0).sum(-1) / (ends - starts)).mean()
+        return total
 
     value, gradient = jax.value_and_grad(loss)(params)
     updates, opt_state = optimizer.update(gradient, opt_state, params)
@@ -88,16 +143,13 @@ def warm_start(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Policy:
     """Trains on demonstrations; `on_step(step, loss)` is called now and then. Consumes `policy`."""
-    warmup = max(config.steps // 20, 1)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, warmup, max(config.steps, warmup + 1)
-    )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95))
+    optimizer = make_warm_start_optimizer(config)
     params, opt_state = policy.params, jax.jit(optimizer.init)(policy.params)
-    batches = demonstration_batches(task, problems, policy.tokenizer, config, seed=seed)
-    for step, batch in enumerate(batches, 1):
+    for step, batches in enumerate(
+        demonstrations(task, problems, policy.tokenizer, config, seed=seed), 1
+    ):
         params, opt_state, loss = supervised_step(
-            params, opt_state, *batch, graph=policy.graph, optimizer=optimizer
+            params, opt_state, batches, graph=policy.graph, optimizer=optimizer
         )
         if step % 20 == 0 or step == config.steps:
             on_step(step, float(loss))
