@@ -1,6 +1,6 @@
 """From a config to the objects of a run: everything that can be refused is refused here.
 
-Nothing in this module compiles a program for a device, so a bad config costs seconds.
+The programs of a run are compiled later, so a bad config costs seconds.
 """
 
 from __future__ import annotations
