@@ -8,6 +8,7 @@ import os
 os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import pytest
@@ -33,6 +34,18 @@ TINY = DecoderConfig(
     rope_theta=100.0,
     qkv_bias=True,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forgets compiled programs between files, before they use up the memory maps of a process.
+
+    Each program takes some; past Linux's default of 65,530 the compiler crashes.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > 10_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
