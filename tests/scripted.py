@@ -13,7 +13,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from jaxreset.groups import Group
-from jaxreset.sampling.rounds import Round, Snapshot, StopReason, Stream
+from jaxreset.sampling.rounds import Round, Shape, Snapshot, StopReason, Stream
 from jaxreset.steps import build_automaton, split_steps, token_bytes
 from jaxreset.tasks.base import Problem
 from jaxreset.tasks.chain import TOKENIZER, ChainTask
@@ -182,7 +182,6 @@ class ScriptedRounds:
             ended, text = row[-1] == CHAIN_TOKENIZER.eos_token_id, decode(row)
             answer = StopReason.ANSWER if TASK.answer_marker in text else StopReason.LENGTH
             reasons[g, r] = StopReason.EOS if ended else answer
-        nothing: Any = None
         return Round(
             ids=np.asarray(ids),
             prefixes=prefixes,
@@ -193,8 +192,9 @@ class ScriptedRounds:
             sampling_logps=logps,
             reasons=reasons,
             version=policy.version,
-            prefix_cache=nothing,
-            suffix_cache=nothing,
+            shape=Shape(*shape, 0, tokens.shape[-1]),
+            lane_steps=int(lengths.max()) * lengths.size,
+            cache=None,
         )
 
     def _text(self, prompt: int, phase: int, row: int, kept: str) -> str:

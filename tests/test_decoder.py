@@ -94,11 +94,14 @@ def test_decoding_with_a_cache_gives_the_hidden_states_of_the_update(shape, seed
         rng = np.random.default_rng(seed)
         keys, values = decoder.prefill(jnp.asarray(prefix))
         # What lies beyond a prefix, or beyond a row's slot, is junk that nobody may see.
-        beyond = (np.arange(p) >= lengths[:, None])[None, :, :, None, None]
-        shared = KV(jnp.where(beyond, 9.0, keys), jnp.where(beyond, 9.0, values))
-        junk = (WIDE.layers, n, k, s, WIDE.kv_heads, WIDE.head_dim)
-        cache = KV(jnp.asarray(rng.normal(size=junk)), jnp.asarray(rng.normal(size=junk)))
-        assert decoder.empty_cache(n, k, s).keys.shape == junk
+        beyond = (np.arange(p) >= lengths[:, None])[None, :, None]  # [1, N, 1, P]
+        keys = jnp.where(beyond[..., None, :], 9.0, keys)
+        values = jnp.where(beyond[..., None], 9.0, values)
+        shared, around = KV(keys, values), (WIDE.layers, n, k, WIDE.kv_heads)
+        cache = KV(
+            jnp.asarray(rng.normal(size=(*around, WIDE.head_dim, s))),
+            jnp.asarray(rng.normal(size=(*around, s, WIDE.head_dim))),
+        )
         # Rows start late by different delays: meanwhile, and when done, they feed a slot again.
         delays = rng.integers(0, 3, (n, k))
         for step in range(s + 2):

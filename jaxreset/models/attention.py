@@ -3,14 +3,27 @@
 The sampler (T = 1 new token a row) and the update (T tokens a row) call the same function, so what
 is sampled and what is trained on cannot drift apart. Shapes: N groups, K rows each, T queries a row,
 P prefix slots, S suffix slots, H query heads, G key-value heads (H a multiple of G), D head width.
+
+Keys lie as `[..., G, D, slots]` and values as `[..., G, slots, D]`: so both matrix products of a
+decoding step read them in order, and neither is transposed at every token.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+
+
+class Part(NamedTuple):
+    """Attention over some of the slots: sum of weights times values, sum of weights, largest score."""
+
+    weighted: Array
+    total: Array
+    top: Array
 
 
 def shared_prefix_attention(
@@ -29,34 +42,52 @@ def shared_prefix_attention(
 
     Args:
       query: `[N, K, T, H, D]`.
-      keys, values: `[N, K, S, G, D]`, the row's own slots.
+      keys, values: `[N, K, G, D, S]` and `[N, K, G, S, D]`, the row's own slots.
       mask: bool, broadcastable to `[N, K, T, S]`: which own slots each query sees; at least one.
-      prefix_keys, prefix_values: `[N, P, G, D]`, seen by every row of the group, or None.
+      prefix_keys, prefix_values: `[N, G, D, P]` and `[N, G, P, D]`, seen by every row of the group,
+        or None.
       prefix_lengths: `[N]` int: the slots of the prefix that exist.
 
     Returns:
       `[N, K, T, H, D]` in the dtype of `query`.
     """
     n, k, t, heads, width = query.shape
-    groups = keys.shape[-2]
+    groups = keys.shape[2]
     query = (query * width**-0.5).reshape(n, k, t, groups, heads // groups, width)
+    visible = mask[:, :, None, :, None]  # [N, K, 1, T, 1, S]
+    part = _attend("nktgrd,nkgds->nkgtrs", "nkgtrs,nkgsd->nkgtrd", query, keys, values, visible)
+    if prefix_keys is not None and prefix_values is not None and prefix_lengths is not None:
+        exists = jnp.arange(prefix_keys.shape[-1]) < prefix_lengths[:, None]  # [N, P]
+        exists = exists[:, None, None, None, None]
+        equations = "nktgrd,ngdp->ngktrp", "ngktrp,ngpd->ngktrd"
+        shared = _attend(*equations, query, prefix_keys, prefix_values, exists)
+        part = _merge(part, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), shared))
+    out = part.weighted / part.total[..., None]
+    return jnp.moveaxis(out, 2, 3).reshape(n, k, t, heads, width).astype(query.dtype)
+
+
+def _attend(
+    scores_of: str, values_of: str, query: Array, keys: Array, values: Array, visible: Array
+) -> Part:
     accumulate = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum(scores_of, query, keys, preferred_element_type=accumulate)
+    # Finite, so that a part of which nothing is visible merges with a weight of 0 and not as NaN.
+    least = jnp.finfo(accumulate).min / 2
+    scores = jnp.where(visible, scores, least)
+    top = jax.lax.stop_gradient(scores.max(axis=-1, initial=least))
+    weights = jnp.exp(scores - top[..., None])
+    weighted = jnp.einsum(
+        values_of, weights.astype(values.dtype), values, preferred_element_type=accumulate
+    )
+    return Part(weighted, weights.sum(axis=-1), top)
 
-    def scores(equation: str, other: Array, visible: Array) -> Array:
-        product = jnp.einsum(equation, query, other, preferred_element_type=accumulate)
-        return jnp.where(visible, product, -jnp.inf)
 
-    own = scores("nktgrd,nksgd->ngktrs", keys, mask[:, None, :, :, None, :])
-    if prefix_keys is None or prefix_values is None or prefix_lengths is None:
-        weights = jax.nn.softmax(own, axis=-1).astype(query.dtype)
-        out = jnp.einsum("ngktrs,nksgd->nktgrd", weights, values)
-        return out.reshape(n, k, t, heads, width)
-
-    size = prefix_keys.shape[1]
-    visible = jnp.arange(size) < prefix_lengths[:, None]  # [N, P]
-    shared = scores("nktgrd,npgd->ngktrp", prefix_keys, visible[:, None, None, None, None, :])
-    # One softmax over both parts: exact, and stable because its maximum is the joint one.
-    weights = jax.nn.softmax(jnp.concatenate([shared, own], axis=-1), axis=-1).astype(query.dtype)
-    out = jnp.einsum("ngktrp,npgd->nktgrd", weights[..., :size], prefix_values)
-    out += jnp.einsum("ngktrs,nksgd->nktgrd", weights[..., size:], values)
-    return out.reshape(n, k, t, heads, width)
+def _merge(one: Part, other: Part) -> Part:
+    """Attention over the slots of both; exact, and stable because the larger maximum is taken out."""
+    top = jnp.maximum(one.top, other.top)
+    first, second = jnp.exp(one.top - top), jnp.exp(other.top - top)
+    return Part(
+        one.weighted * first[..., None] + other.weighted * second[..., None],
+        one.total * first + other.total * second,
+        top,
+    )

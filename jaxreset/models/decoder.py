@@ -62,7 +62,7 @@ class DecoderConfig:
 
 
 class KV(NamedTuple):
-    """Keys and values of all layers: each `[L, ..., slots, G, D]`."""
+    """Keys `[L, ..., G, D, slots]` and values `[L, ..., G, slots, D]` of all layers; see `attention`."""
 
     keys: Array
     values: Array
@@ -168,7 +168,7 @@ class Decoder(nnx.Module):
         return self._causal(tokens)[0]
 
     def prefill(self, tokens: Array) -> KV:
-        """`[N, P]` right-padded prefixes -> their keys and values, `[L, N, P, G, D]`.
+        """`[N, P]` right-padded prefixes -> their keys and values, `[L, N, G, D, P]` and `[L, N, G, P, D]`.
 
         Slots at and after a prefix's end hold padding: attention masks them by length.
         """
@@ -202,7 +202,7 @@ class Decoder(nnx.Module):
             shared, keys, values = _self_attend(block, shared, prefix_positions, prefix_causal)
             query, row_keys, row_values = block.project(own, positions)
             attended = shared_prefix_attention(
-                query, row_keys, row_values, causal, keys, values, prefix_lengths
+                query, *_slots_inside(row_keys, row_values), causal, keys, values, prefix_lengths
             )
             return (shared, block.combine(own, attended)), None
 
@@ -219,15 +219,15 @@ class Decoder(nnx.Module):
         Args:
           tokens: `[N, K]` the tokens fed.
           slots: `[N, K]` the row's own slot each is written to; slot 0 is the last prefix token's.
-          prefix: `[L, N, P, G, D]` keys and values shared by a group's rows.
+          prefix: keys and values shared by a group's rows, `[L, N, ...]` with P slots.
           prefix_lengths: `[N]` int, slots of `prefix` that exist.
-          suffix: `[L, N, K, S, G, D]` the rows' own keys and values.
+          suffix: the rows' own keys and values, `[L, N, K, ...]` with S slots.
 
         Returns:
           `[N, K, E]` hidden states that predict the next tokens, and `suffix` with the slots written.
         """
         positions = (prefix_lengths[:, None] + slots)[..., None]  # [N, K, 1]
-        mask = (jnp.arange(suffix.keys.shape[3]) <= slots[..., None])[:, :, None]  # [N, K, 1, S]
+        mask = (jnp.arange(suffix.keys.shape[-1]) <= slots[..., None])[:, :, None]  # [N, K, 1, S]
         group, row = jnp.indices(tokens.shape)
 
         def layer(index: Array, carry: tuple[Array, KV]) -> tuple[Array, KV]:
@@ -235,8 +235,8 @@ class Decoder(nnx.Module):
             block = self.block(index)
             query, key, value = block.project(x, positions)
             # Written per row: TPU copies a cache that is written at one shared slot.
-            keys = cache.keys.at[index, group, row, slots].set(key[:, :, 0])
-            values = cache.values.at[index, group, row, slots].set(value[:, :, 0])
+            keys = cache.keys.at[index, group, row, :, :, slots].set(key[:, :, 0])
+            values = cache.values.at[index, group, row, :, slots].set(value[:, :, 0])
             attended = shared_prefix_attention(
                 query,
                 keys[index],
@@ -257,12 +257,6 @@ class Decoder(nnx.Module):
         graph, stacked = nnx.split(self.blocks)
         return nnx.merge(graph, jax.tree.map(lambda p: p[index], stacked))
 
-    def empty_cache(self, *shape: int) -> KV:
-        """Zeroed keys and values `[L, *shape, G, D]`."""
-        c = self.config
-        zeros = jnp.zeros((c.layers, *shape, c.kv_heads, c.head_dim), self.embed[...].dtype)
-        return KV(zeros, zeros)
-
     def _causal(self, tokens: Array) -> tuple[Array, KV]:
         positions, mask = jnp.arange(tokens.shape[-1])[None], _causal_mask(tokens.shape[-1])
 
@@ -280,8 +274,14 @@ def _self_attend(
 ) -> tuple[Array, Array, Array]:
     """One causal layer over `x` [N, T, E]; right padding can't be seen from before it."""
     query, keys, values = block.project(x, positions)
+    keys, values = _slots_inside(keys, values)
     attended = shared_prefix_attention(query[:, None], keys[:, None], values[:, None], mask)
     return block.combine(x, attended[:, 0]), keys, values
+
+
+def _slots_inside(keys: Array, values: Array) -> tuple[Array, Array]:
+    """`[..., slots, G, D]` both -> `[..., G, D, slots]` and `[..., G, slots, D]`."""
+    return jnp.moveaxis(keys, -3, -1), jnp.moveaxis(values, -3, -2)
 
 
 def _causal_mask(size: int) -> Array:

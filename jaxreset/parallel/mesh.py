@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import jax
@@ -63,3 +64,36 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     """For arrays whose first axis is groups or sequences: split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def cache_sharding(mesh: Mesh, shape: tuple[int, ...], head_axis: int) -> NamedSharding:
+    """For keys or values `[L, N, ...]`: groups split as by `rows_sharding`, heads over tensor.
+
+    Heads that the tensor axis doesn't divide are left whole, as their projections are.
+    """
+    axes: list[Any] = [None] * len(shape)
+    axes[1] = ("data", "fsdp")
+    if shape[head_axis] % mesh.shape["tensor"] == 0:
+        axes[head_axis] = "tensor"
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def decode_shardings(mesh: Mesh, params: Any) -> Any:
+    """As `param_shardings`, but whole along `fsdp`: a decode step reads every parameter.
+
+    Gathering them once for a rollout phase saves gathering them at every token.
+    """
+
+    def gather(sharding: NamedSharding) -> NamedSharding:
+        axes = (None if axis == "fsdp" else axis for axis in sharding.spec)
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree.map(gather, param_shardings(mesh, params))
+
+
+def device_bytes(device: jax.Device) -> int:
+    """Memory that programs on a device may use; for a CPU, the machine's."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,23 +1,31 @@
 """The sampler's jitted programs: prefill, fork, decode. Pure functions over pytrees.
 
-    prefill   prompts [N, P]                      ─▶ prefix store [L, N, P, G, D]
-    fork      a round's stores, rows and lengths  ─▶ prefix store [L, N', P', G, D]
-    decode    prefix store, last tokens [N]       ─▶ tokens [N, K, S], suffix store [L, N, K, S, G, D]
+    prefill   prompts [N, P]                      ─▶ prefix store: N times P slots
+    fork      a round's stores, rows and lengths  ─▶ prefix store: N' times P' slots
+    decode    both stores, lanes [M, K']          ─▶ more tokens a lane, suffix store: N × K times S slots
 
 A prefix of p tokens has p - 1 slots in its store: the last token is fed again by every row, into the
 row's slot 0. So a prompt and a reset state start in the same way, and prefill needs no logits.
+
+`decode` advances some rows of a round, its *lanes*, which attend to their first W slots. Which rows,
+when, and through how wide a window is decided on the host (`schedule`). It changes no token, since a
+row's random numbers are named by the row itself.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxreset.models.decoder import KV, Decoder
+from jaxreset.parallel import cache_sharding
 from jaxreset.sampling.rounds import StopReason
 from jaxreset.steps import Progress, StepAutomaton, advance
 
@@ -55,47 +63,70 @@ class Limits(NamedTuple):
     eos: Leaf
 
 
-class Start(NamedTuple):
-    """Where each group's rows begin; all [N].
+class Lanes(NamedTuple):
+    """Rows of a round that decode together: M groups of K lanes that share a prefix.
 
-    prefix_lengths: tokens of the prefix.  last_tokens: its last one.  ids: the prompt's global index.
-    first_rows: number of the group's first row among its prompt's rows of this phase.
-    progress: of the response's kept tokens.  used: how many those are.  live: False for padding.
+    groups: [M] the group in the stores.  rows: [M, K] the row of that group.
+    prefix_lengths: [M] tokens of the prefix.  ids: [M] the prompt's global index.
+    used: [M] kept tokens of the response, at the end of the prefix.
+    numbers: [M, K] the row's number among its prompt's rows of this phase.
+    last: [M, K] the token to feed.  lengths: [M, K] tokens drawn so far.
+    progress: [M, K] of the response.  live: [M, K] False for lanes without a row.
     """
 
+    groups: Leaf
+    rows: Leaf
     prefix_lengths: Leaf
-    last_tokens: Leaf
     ids: Leaf
-    first_rows: Leaf
-    progress: Progress
     used: Leaf
+    numbers: Leaf
+    last: Leaf
+    lengths: Leaf
+    progress: Progress
     live: Leaf
 
 
 class Drawn(NamedTuple):
-    """Result of `decode`: fields as in `rounds.Round`."""
+    """Result of `decode`.
+
+    tokens, behavior_logps, sampling_logps: [M, K, W] at the slots that this call drew; 0 elsewhere.
+    last, lengths, progress: as in `Lanes`, after this call.  reasons: [M, K] `StopReason`.
+    steps: scalar, how often the lanes stepped.
+    """
 
     tokens: Array
-    lengths: Array
     behavior_logps: Array
     sampling_logps: Array
+    last: Array
+    lengths: Array
+    progress: Progress
     reasons: Array
+    steps: Array
 
 
-@partial(jax.jit, static_argnames="graph")
-def prefill(params: nnx.State, tokens: Array, *, graph: nnx.GraphDef) -> KV:
-    """Prefix store of right-padded prompts `[N, P]`."""
-    return nnx.merge(graph, params).prefill(tokens)
+@partial(jax.jit, static_argnames=("graph", "mesh"))
+def prefill(
+    params: nnx.State, tokens: Array, *, graph: nnx.GraphDef, mesh: Mesh | None = None
+) -> KV:
+    """The prefix store of right-padded prompts `[N, P]`."""
+    return _constrain(nnx.merge(graph, params).prefill(tokens), mesh)
 
 
-@partial(jax.jit, static_argnames="size")
+@partial(jax.jit, static_argnames=("size", "mesh"))
 def fork(
-    prefix: KV, suffix: KV, prefix_lengths: Array, groups: Array, rows: Array, *, size: int
+    prefix: KV,
+    suffix: KV,
+    prefix_lengths: Array,
+    groups: Array,
+    rows: Array,
+    *,
+    size: int,
+    mesh: Mesh | None = None,
 ) -> KV:
     """Prefix stores of `size` slots for reset groups, gathered once per group from a round's stores.
 
     Args:
-      prefix, suffix: `[L, N, P, G, D]` and `[L, N, K, S, G, D]`, the parent round's.
+      prefix, suffix: the parent round's stores, N × P and N × K × S slots.
       prefix_lengths: `[N]` int, tokens of the parent's prefixes.
       groups, rows: `[N']` int, the row of the parent that each new group goes back to. Slots past the
         snapshot's length hold the row's later tokens, or garbage; attention masks them.
@@ -103,71 +134,96 @@ def fork(
     """
     slots = jnp.arange(size)[None]  # [1, P']
     held = prefix_lengths[groups][:, None] - 1  # slots in the parent's prefix store
-    from_prefix = (slots < held)[..., None, None]
-    in_prefix = jnp.minimum(slots, prefix.keys.shape[2] - 1)
-    in_suffix = jnp.clip(slots - held, 0, suffix.keys.shape[3] - 1)
+    in_prefix = jnp.minimum(slots, prefix.keys.shape[-1] - 1)
+    in_suffix = jnp.clip(slots - held, 0, suffix.keys.shape[-1] - 1)
+    group, row = groups[:, None], rows[:, None]
 
-    def layer(stores: tuple[Array, Array]) -> Array:
-        shared, own = stores
-        group, row = groups[:, None], rows[:, None]
-        return jnp.where(from_prefix, shared[group, in_prefix], own[group, row, in_suffix])
+    def layer(prefix: KV, suffix: KV) -> KV:
+        keys = jnp.where(
+            (slots < held)[..., None, None],
+            prefix.keys[group, :, :, in_prefix],  # [N', P', G, D]
+            suffix.keys[group, row, :, :, in_suffix],
+        )
+        values = jnp.where(
+            (slots < held)[..., None, None],
+            prefix.values[group, :, in_prefix],
+            suffix.values[group, row, :, in_suffix],
+        )
+        return KV(jnp.moveaxis(keys, 1, 3), jnp.moveaxis(values, 1, 2))
 
-    # One layer at a time: a gather of the whole cache at once would double its memory.
-    return KV(
-        jax.lax.map(layer, (prefix.keys, suffix.keys)),
-        jax.lax.map(layer, (prefix.values, suffix.values)),
+    return _constrain(_by_layer(layer, prefix, suffix), mesh)
+
+
+# The prefix is kept as an argument so that the result is committed to its device where the prefix is:
+# a program is compiled anew for the other kind.
+@partial(jax.jit, static_argnames=("rows", "size", "mesh"), keep_unused=True)
+def empty_suffix(prefix: KV, *, rows: int, size: int, mesh: Mesh | None = None) -> KV:
+    """A zeroed suffix store of N × K × S slots beside a prefix store."""
+    layers, groups, heads, width, _ = prefix.keys.shape
+    around = layers, groups, rows, heads
+    dtype = prefix.keys.dtype
+    keys, values = (
+        jnp.zeros((*around, width, size), dtype),
+        jnp.zeros((*around, size, width), dtype),
     )
+    return _constrain(KV(keys, values), mesh)
 
 
-@partial(jax.jit, static_argnames=("graph", "rows", "size"))
+@partial(jax.jit, static_argnames=("graph", "window", "mesh"), donate_argnames="suffix")
 def decode(
     params: nnx.State,
     prefix: KV,
-    start: Start,
+    suffix: KV,
+    lanes: Lanes,
     automaton: StepAutomaton,
     limits: Limits,
     draws: Draws,
+    leave: Leaf,
     *,
     graph: nnx.GraphDef,
-    rows: int,
-    size: int,
+    window: int,
+    mesh: Mesh | None = None,
 ) -> tuple[Drawn, KV]:
-    """Draws `rows` suffixes of at most `size` tokens for each group; stops when all have ended."""
+    """Advances lanes until at most `leave` of them can go on; the others have ended or filled the window.
+
+    Args:
+      params: the decoder's.
+      prefix, suffix: stores of N × P and N × K × S slots; `suffix` is donated.
+      lanes: M groups of K'. As many as the round has rows are those rows, each in its own place.
+      automaton, limits, draws: when rows end, and how tokens are drawn.
+      window: W, slots of a row that are attended to; no live lane has more than W tokens.
+      mesh: that the stores lie on.
+
+    Returns:
+      What was drawn, and `suffix` with the keys and values of all tokens that were fed.
+    """
     model: Decoder = nnx.merge(graph, params)
-    groups = start.live.shape[0]
-    shape = (groups, rows)
-    head = model.head
-    keys = _row_keys(draws, start.ids, start.first_rows[:, None] + jnp.arange(rows))
-    group_index, row_index = jnp.indices(shape)
+    head, size = model.head, suffix.keys.shape[-1]
+    shape = lanes.live.shape
+    in_place = shape == suffix.keys.shape[1:3]
+    keys = _row_keys(draws, lanes.ids, lanes.numbers)
+    used = lanes.used[:, None]
+    lane_index = jnp.indices(shape)
 
-    def spread(x: Array) -> Array:
-        return jnp.broadcast_to(x[:, None], shape)
+    def able(drawn: Drawn) -> Array:
+        return (drawn.reasons == StopReason.RUNNING) & (drawn.lengths < window)
 
-    class State(NamedTuple):
-        drawn: Drawn
-        last: Array
-        progress: Progress
-        suffix: KV
+    def going_on(state: tuple[Drawn, KV]) -> Array:
+        return able(state[0]).sum() > leave
 
-    def unfinished(state: State) -> Array:
-        return (state.drawn.reasons == StopReason.RUNNING).any()
-
-    def step(state: State) -> State:
-        drawn = state.drawn
-        live = drawn.reasons == StopReason.RUNNING
-        # Finished rows rewrite the slot after their last token, which no snapshot needs.
-        hidden, suffix = model.decode(
-            state.last, drawn.lengths, prefix, start.prefix_lengths - 1, state.suffix
-        )
+    def step(state: tuple[Drawn, KV]) -> tuple[Drawn, KV]:
+        drawn, own = state
+        live = able(drawn)
+        # A lane that can't go on writes the slot after its last token, which nothing needs.
+        hidden, own = model.decode(drawn.last, drawn.lengths, shared, lanes.prefix_lengths - 1, own)
         logits = jnp.dot(hidden, head, preferred_element_type=jnp.promote_types(head, jnp.float32))
-        position = spread(start.used) + drawn.lengths
-        token, behavior, sampling = draw_token(logits, keys, position, draws)
+        token, behavior, sampling = draw_token(logits, keys, used + drawn.lengths, draws)
 
         progress, step_ended, stopped = advance(
-            automaton, state.progress, token, max_step_tokens=limits.max_step_tokens
+            automaton, drawn.progress, token, max_step_tokens=limits.max_step_tokens
         )
         lengths = drawn.lengths + live
-        total = spread(start.used) + lengths
+        total = used + lengths
         reason = jnp.select(
             [
                 (token[..., None] == limits.eos).any(-1),
@@ -187,51 +243,99 @@ def decode(
             ],
             StopReason.RUNNING,
         )
-        slot = jnp.where(live, drawn.lengths, size)  # out of range: not written
+        slot = jnp.where(live, drawn.lengths, window)  # out of range: not written
 
         def write(buffer: Array, value: Array) -> Array:
             value = value.astype(buffer.dtype)
-            return buffer.at[group_index, row_index, slot].set(value, mode="drop")
+            return buffer.at[*lane_index, slot].set(value, mode="drop")
 
         def keep(new: Array, old: Array) -> Array:
             return jnp.where(live, new, old).astype(old.dtype)
 
-        return State(
-            Drawn(
-                tokens=write(drawn.tokens, token),
-                lengths=lengths,
-                behavior_logps=write(drawn.behavior_logps, behavior),
-                sampling_logps=write(drawn.sampling_logps, sampling),
-                reasons=keep(reason, drawn.reasons),
-            ),
-            last=keep(token, state.last),
-            progress=jax.tree.map(keep, progress, state.progress),
-            suffix=suffix,
+        drawn = Drawn(
+            tokens=write(drawn.tokens, token),
+            behavior_logps=write(drawn.behavior_logps, behavior),
+            sampling_logps=write(drawn.sampling_logps, sampling),
+            last=keep(token, drawn.last),
+            lengths=lengths,
+            progress=jax.tree.map(keep, progress, drawn.progress),
+            reasons=keep(reason, drawn.reasons),
+            steps=drawn.steps + 1,
         )
+        return drawn, own
 
-    zeros = jnp.zeros((*shape, size), jnp.promote_types(head.dtype, jnp.float32))
-    initial = State(
-        Drawn(
-            tokens=jnp.zeros((*shape, size), jnp.int32),
-            lengths=jnp.zeros(shape, jnp.int32),
-            behavior_logps=zeros,
-            sampling_logps=zeros,
-            reasons=spread(jnp.where(start.live, StopReason.RUNNING, StopReason.LENGTH)),
-        ),
-        last=spread(start.last_tokens),
-        progress=jax.tree.map(spread, start.progress),
-        suffix=model.empty_cache(groups, rows, size),
+    zeros = jnp.zeros((*shape, window), jnp.promote_types(head.dtype, jnp.float32))
+    start = Drawn(
+        tokens=jnp.zeros((*shape, window), jnp.int32),
+        behavior_logps=zeros,
+        sampling_logps=zeros,
+        last=lanes.last,
+        lengths=lanes.lengths,
+        progress=lanes.progress,
+        reasons=jnp.where(lanes.live, StopReason.RUNNING, StopReason.LENGTH),
+        steps=jnp.int32(0),
     )
-    final = jax.lax.while_loop(unfinished, step, initial)
-    return final.drawn, final.suffix
+    if in_place:
+        shared, own = prefix, _window(suffix, window)
+    else:
+        shared = _by_layer(partial(jax.tree.map, lambda store: store[lanes.groups]), prefix)
+        own = _by_layer(partial(_load, lanes=lanes, window=window), suffix)
+    drawn, own = jax.lax.while_loop(going_on, step, (start, own))
+    if in_place and window == size:
+        saved = own
+    elif in_place:
+        saved = KV(
+            suffix.keys.at[..., :window].set(own.keys),
+            suffix.values.at[..., :window, :].set(own.values),
+        )
+    else:
+        saved = _save(suffix, own, lanes, window)
+    return drawn, _constrain(saved, mesh)
 
 
-def _row_keys(draws: Draws, ids: Array, rows: Array) -> Array:
-    """`ids` [N], `rows` [N, K] -> `[N, K]` keys that depend on prompt and row, not on the batch."""
+def _by_layer(function: Callable[..., KV], *stores: KV) -> KV:
+    """One layer at a time: to gather a whole cache at once would double its memory."""
+    return jax.lax.map(lambda layers: function(*layers), stores)
+
+
+def _window(store: KV, window: int) -> KV:
+    """The first slots of a store."""
+    return KV(store.keys[..., :window], store.values[..., :window, :])
+
+
+def _load(store: KV, *, lanes: Lanes, window: int) -> KV:
+    """The lanes' first slots in one layer: N × K × S slots -> M × K' × W."""
+    cells = lanes.groups[:, None], lanes.rows
+    return jax.tree.map(lambda x: x[cells], _window(store, window))
+
+
+def _save(store: KV, own: KV, lanes: Lanes, window: int) -> KV:
+    """Writes the lanes' first slots back to the store."""
+    nowhere = store.keys.shape[1]  # out of range: not written
+    cells = jnp.where(lanes.live, lanes.groups[:, None], nowhere), lanes.rows
+    return KV(
+        store.keys.at[:, *cells, :, :, :window].set(own.keys, mode="drop"),
+        store.values.at[:, *cells, :, :window].set(own.values, mode="drop"),
+    )
+
+
+def _constrain(cache: KV, mesh: Mesh | None) -> KV:
+    if mesh is None:
+        return cache
+    return jax.tree.map(
+        lambda store: jax.lax.with_sharding_constraint(
+            store, cache_sharding(mesh, store.shape, head_axis=-3)
+        ),
+        cache,
+    )
+
+
+def _row_keys(draws: Draws, ids: Array, numbers: Array) -> Array:
+    """`ids` [M], `numbers` [M, K] -> `[M, K]` keys that depend on prompt and row, not on the batch."""
     key = jax.random.fold_in(jax.random.key(draws.seed), draws.step)
     fold = jax.vmap(jax.random.fold_in, (0, None))
     phases = fold(jax.vmap(partial(jax.random.fold_in, key))(ids), draws.phase)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(phases, rows)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(phases, numbers)
 
 
 def draw_token(
@@ -253,18 +357,45 @@ def draw_token(
     truncates = (draws.top_k > 0) | (draws.top_p < 1)
     kept = jax.lax.cond(truncates, truncate, lambda x, _: x, logps, draws)
 
-    def noise(key: Array, position: Array) -> Array:
-        return jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[-1:], logits.dtype)
+    def uniforms(key: Array, position: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, position), (2,), logits.dtype)
 
-    def perturbed() -> Array:
-        return jnp.argmax(kept + jax.vmap(jax.vmap(noise))(keys, position), axis=-1)
+    def random() -> Array:
+        return invert_cdf(jnp.exp(kept), jax.vmap(jax.vmap(uniforms))(keys, position))
 
-    token = jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1), perturbed).astype(jnp.int32)
+    token = jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1), random).astype(jnp.int32)
 
     def at_token(values: Array) -> Array:
         return jnp.take_along_axis(values, token[..., None], axis=-1)[..., 0]
 
     return token, at_token(logps), at_token(kept)
+
+
+def invert_cdf(weights: Array, uniforms: Array) -> Array:
+    """Indices drawn with probabilities proportional to `weights`.
+
+    Two numbers a row, where the Gumbel trick takes one for each token: the first picks a block of
+    tokens, the second a token in it. Both cumulative sums are short, so rounding doesn't pile up.
+
+    Args:
+      weights: `[..., V]`, not all 0.
+      uniforms: `[..., 2]` in [0, 1).
+    """
+    size = weights.shape[-1]
+    block = math.isqrt(size - 1) + 1
+    spare = [(0, 0)] * (weights.ndim - 1) + [(0, -size % block)]
+    blocks = jnp.pad(weights, spare).reshape(*weights.shape[:-1], -1, block)
+
+    def pick(weights: Array, uniform: Array) -> Array:
+        sums = jnp.cumsum(weights, axis=-1)
+        total = sums[..., -1]
+        # Below the total even when the product is rounded up: an index of weight 0 is never drawn.
+        target = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.zeros_like(total)))
+        return (sums <= target[..., None]).sum(axis=-1)
+
+    which = pick(blocks.sum(axis=-1), uniforms[..., 0])
+    chosen = jnp.take_along_axis(blocks, which[..., None, None], axis=-2)[..., 0, :]
+    return which * block + pick(chosen, uniforms[..., 1])
 
 
 def truncate(logps: Array, draws: Draws) -> Array:

@@ -23,6 +23,15 @@ class StopReason(enum.IntEnum):
     LENGTH = 6  # cut in the middle of a step
 
 
+class Shape(NamedTuple):
+    """Sizes of a round: groups N, rows K, prefix slots P, suffix slots S."""
+
+    groups: int
+    rows: int
+    prefix: int
+    suffix: int
+
+
 class Stream(NamedTuple):
     """Names the random numbers of one sampling call; equal streams draw equal tokens.
 
@@ -49,7 +58,10 @@ class Round:
       sampling_logps: [N, K, S] float32, under the truncated distribution that was drawn from.
       reasons: [N, K] `StopReason`.
       version: the weights' version that drew it.
-      prefix_cache, suffix_cache: device arrays, see `models.decoder`; their group axis may be padded.
+      shape: sizes of its caches; the group axis may be padded.
+      lane_steps: decoding steps times lanes; what `lengths.sum()` falls short of it was idle.
+      cache: prefix and suffix keys and values on the device, see `models.decoder`; None: not held, so
+        that `resume` prefills.
     """
 
     ids: np.ndarray
@@ -61,8 +73,9 @@ class Round:
     sampling_logps: np.ndarray
     reasons: np.ndarray
     version: int
-    prefix_cache: KV
-    suffix_cache: KV
+    shape: Shape
+    lane_steps: int
+    cache: tuple[KV, KV] | None
 
     def suffix(self, group: int, row: int) -> np.ndarray:
         """The tokens that a row drew."""

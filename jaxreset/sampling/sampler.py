@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxreset.models.decoder import KV
 from jaxreset.models.policy import Policy
-from jaxreset.sampling.decoding import Draws, Limits, Start, decode, fork, prefill
-from jaxreset.sampling.rounds import Round, Snapshot, Stream
+from jaxreset.parallel import device_bytes
+from jaxreset.sampling.decoding import Draws, Limits
+from jaxreset.sampling.drawing import Start
+from jaxreset.sampling.programs import Programs, cache_bytes
+from jaxreset.sampling.rounds import Round, Shape, Snapshot, Stream
 from jaxreset.steps import (
     Progress,
     StepAutomaton,
@@ -24,16 +28,13 @@ from jaxreset.steps import (
 
 Tokens = Sequence[int] | np.ndarray
 
+HoldCache = Literal["auto", "always", "never"]
+
 NO_LIMIT = 2**30
-
-
-class Shape(NamedTuple):
-    """Sizes that one compiled program serves: groups N, rows K, prefix slots P, suffix slots S."""
-
-    groups: int
-    rows: int
-    prefix: int
-    suffix: int
+HELD_SHARE = 1 / 3  # of a device's memory that a round may hold on to with hold_cache="auto"
+ATTENTION_RATE = (
+    4.0  # reading keys and values once for each row is so much slower than a matrix product
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,11 @@ class Sampler:
       shapes: the sizes to compile for; `sample` takes the smallest that holds its prompts. None: sizes
         are rounded up to powers of two and compiled when first met, for interactive use.
       forks: (parent, child) sizes for `resume`; a parent is one of `shapes` or an earlier child.
-      sharding: of arrays whose first axis is the groups; None: one device.
+      slots: most rows that decode at once; the others wait for a place. None: all.
+      hold_cache: whether a round keeps its keys and values, so that `resume` gathers its prefixes.
+        "never": it prefills them, once per group. "auto": rounds are held that take at most a third of
+        the device's memory.
+      mesh: groups are split over it, and the weights along its axis `tensor`; None: one device.
     """
 
     def __init__(
@@ -73,22 +78,25 @@ class Sampler:
         eos_ids: Iterable[int] = (),
         shapes: Sequence[Shape] | None = None,
         forks: Sequence[tuple[Shape, Shape]] = (),
-        sharding: jax.sharding.Sharding | None = None,
+        slots: int | None = None,
+        hold_cache: HoldCache = "auto",
+        mesh: Mesh | None = None,
     ):
         self.automaton = automaton
         self.stop = stop
         self.eos_ids = tuple(eos_ids)
         self.shapes = None if shapes is None else sorted(set(shapes))
         self.forks = list(forks)
-        self._sharding = sharding
-        self._device_automaton = jax.device_put(automaton)
-        self._limits = Limits(
+        self.hold_cache = hold_cache
+        self._shards = 1 if mesh is None else mesh.size
+        limits = Limits(
             np.int32(stop.max_response),
             np.int32(stop.max_steps or NO_LIMIT),
             np.int32(stop.max_step_tokens or NO_LIMIT),
             np.int32(stop.max_step_tokens or 0),
             np.asarray(self.eos_ids or (-1,), np.int32),
         )
+        self._programs = Programs(automaton, limits, slots=slots, mesh=mesh)
 
     @classmethod
     def for_policy(
@@ -107,7 +115,7 @@ class Sampler:
           policy: its tokenizer says how texts are spelt in tokens.
           stop: when responses end.
           delimiter, answer_marker, stop_strings: see `steps.build_automaton`.
-          **options: `shapes`, `forks` and `sharding` of `Sampler`.
+          **options: `shapes`, `forks`, `slots`, `hold_cache` and `mesh` of `Sampler`.
 
         Raises:
           ValueError: the vocabulary can't spell the delimiter or the answer marker.
@@ -164,7 +172,9 @@ class Sampler:
         ids = range(len(prompts)) if ids is None else ids
         draws = self._draws(stream, temperature, top_p, top_k, max_new)
         shape = self._shape(prefixes, rows, self.shapes)
-        return self._prefill_and_draw(policy, shape, prefixes, kept, ids, first_rows, draws)
+        cache = self._programs.prefill(policy, shape, prefixes)
+        prompt_lengths = [len(p) - k for p, k in zip(prefixes, kept, strict=True)]
+        return self._draw(policy, shape, cache, prefixes, prompt_lengths, ids, first_rows, draws)
 
     def resume(
         self,
@@ -179,9 +189,10 @@ class Sampler:
         top_k: int = 0,
         max_new: int | None = None,
     ) -> Round:
-        """Draws `rows` continuations from each snapshot, all of one round, prefilling nothing.
+        """Draws `rows` continuations from each snapshot, all of one round.
 
-        The parent round is only read. Arguments, result and errors are `sample`'s; moreover:
+        Nothing is prefilled where the round holds its cache. The parent round is only read. Arguments,
+        result and errors are `sample`'s; moreover:
 
         Raises:
           ValueError: snapshots of several rounds, of weights that have since been updated, or of a
@@ -209,9 +220,16 @@ class Sampler:
         draws = self._draws(stream, temperature, top_p, top_k, max_new)
         children = None
         if self.shapes is not None:
-            children = [child for above, child in self.forks if above == _shape_of(parent)]
-        shape = self._shape([s.tokens for s in snapshots], rows, children)
-        return self._fork_and_draw(policy, shape, parent, snapshots, first_rows, draws)
+            children = [child for above, child in self.forks if above == parent.shape]
+        prefixes = [s.tokens for s in snapshots]
+        shape = self._shape(prefixes, rows, children)
+        if parent.cache is None:
+            cache = self._programs.prefill(policy, shape, prefixes)
+        else:
+            cache = self._programs.fork(parent.cache, shape, snapshots)
+        prompt_lengths = [int(parent.prompt_lengths[s.group]) for s in snapshots]
+        ids = [int(parent.ids[s.group]) for s in snapshots]
+        return self._draw(policy, shape, cache, prefixes, prompt_lengths, ids, first_rows, draws)
 
     def steps(self, response: Tokens) -> list[tuple[int, int]]:
         """Spans [start, end) of a response's steps, in tokens after the prompt."""
@@ -242,90 +260,52 @@ class Sampler:
         Each program runs once on padding, which ends at once.
         """
         draws = self._draws(Stream(0), 1.0, 1.0, 0, None)
-        rounds = {
-            shape: self._prefill_and_draw(policy, shape, [], [], [], None, draws)
-            for shape in self.shapes or ()
-        }
+        caches = {}
+        for shape in self.shapes or ():
+            prefix = self._programs.prefill(policy, shape, [])
+            caches[shape] = prefix, self._programs.compile_draw(policy, shape, prefix, draws)
         for parent, child in self.forks:
-            rounds[child] = self._fork_and_draw(policy, child, rounds[parent], [], None, draws)
-
-    def _prefill_and_draw(
-        self,
-        policy: Policy,
-        shape: Shape,
-        prompts: list[np.ndarray],
-        kept: Sequence[int],
-        ids: Sequence[int],
-        first_rows: Sequence[int] | None,
-        draws: Draws,
-    ) -> Round:
-        tokens = np.zeros((shape.groups, shape.prefix), np.int32)
-        for n, prompt in enumerate(prompts):
-            tokens[n, : len(prompt)] = prompt
-        cache = prefill(policy.params, self._put(tokens), graph=policy.graph)
-        prompt_lengths = [len(p) - k for p, k in zip(prompts, kept, strict=True)]
-        return self._draw(policy, shape, cache, prompts, prompt_lengths, ids, first_rows, draws)
-
-    def _fork_and_draw(
-        self,
-        policy: Policy,
-        shape: Shape,
-        parent: Round,
-        snapshots: Sequence[Snapshot],
-        first_rows: Sequence[int] | None,
-        draws: Draws,
-    ) -> Round:
-        groups, rows = np.zeros((2, shape.groups), np.int32)
-        groups[: len(snapshots)] = [s.group for s in snapshots]
-        rows[: len(snapshots)] = [s.row for s in snapshots]
-        lengths = np.zeros(parent.prefix_cache.keys.shape[1], np.int32)
-        lengths[: len(parent.prefixes)] = [len(p) for p in parent.prefixes]
-        cache = fork(
-            parent.prefix_cache,
-            parent.suffix_cache,
-            self._put(lengths),
-            self._put(groups),
-            self._put(rows),
-            size=shape.prefix,
-        )
-        prefixes = [s.tokens for s in snapshots]
-        prompt_lengths = [int(parent.prompt_lengths[s.group]) for s in snapshots]
-        ids = [int(parent.ids[s.group]) for s in snapshots]
-        return self._draw(policy, shape, cache, prefixes, prompt_lengths, ids, first_rows, draws)
+            if self._holds(policy, parent):
+                prefix = self._programs.fork(caches[parent], child, [])
+            else:
+                prefix = self._programs.prefill(policy, child, [])
+            caches[child] = prefix, self._programs.compile_draw(policy, child, prefix, draws)
 
     def _draw(
         self,
         policy: Policy,
         shape: Shape,
-        cache: KV,
+        prefix: KV,
         prefixes: list[np.ndarray],
         prompt_lengths: Sequence[int],
         ids: Sequence[int],
         first_rows: Sequence[int] | None,
         draws: Draws,
     ) -> Round:
+        start = self._start(shape, prefixes, prompt_lengths, ids, first_rows)
+        rows, suffix, lane_steps = self._programs.draw(policy, shape, prefix, start, draws)
         count = len(prefixes)
-        drawn, suffix_cache = decode(
-            policy.params,
-            cache,
-            self._start(shape, prefixes, prompt_lengths, ids, first_rows),
-            self._device_automaton,
-            self._limits,
-            draws,
-            graph=policy.graph,
-            rows=shape.rows,
-            size=shape.suffix,
-        )
-        drawn = jax.device_get(drawn)
         return Round(
             ids=np.asarray(ids, np.int64),
             prefixes=prefixes,
             prompt_lengths=np.asarray(prompt_lengths, np.int64),
-            **{field: value[:count] for field, value in drawn._asdict().items()},
+            tokens=rows.tokens[:count],
+            lengths=rows.lengths[:count],
+            behavior_logps=rows.behavior_logps[:count],
+            sampling_logps=rows.sampling_logps[:count],
+            reasons=rows.reasons[:count],
             version=policy.version,
-            prefix_cache=cache,
-            suffix_cache=suffix_cache,
+            shape=shape,
+            lane_steps=lane_steps,
+            cache=(prefix, suffix) if self._holds(policy, shape) else None,
         )
+
+    def _holds(self, policy: Policy, shape: Shape) -> bool:
+        """Whether rounds of a shape keep their caches for `resume`."""
+        if self.hold_cache != "auto":
+            return self.hold_cache == "always"
+        device = next(iter(jax.tree.leaves(policy.params)[0].devices()))
+        return cache_bytes(policy.config, shape) <= HELD_SHARE * self._shards * device_bytes(device)
 
     def _start(
         self,
@@ -353,7 +333,7 @@ class Sampler:
                 max_step_tokens=self.stop.max_step_tokens or NO_LIMIT,
             )
             state[n], steps[n], step_tokens[n], answered[n] = progress
-        start = Start(
+        return Start(
             prefix_lengths=lengths,
             last_tokens=last,
             ids=numbers,
@@ -362,7 +342,6 @@ class Sampler:
             used=used,
             live=(np.arange(shape.groups) < count) & (used < self.stop.max_response),
         )
-        return jax.tree.map(self._put, start)
 
     def _check(self, prompts: Sequence[np.ndarray], **per_prompt: Sequence[int] | None) -> None:
         for name, values in per_prompt.items():
@@ -425,12 +404,3 @@ class Sampler:
             f"{count} groups of {rows} rows with prefixes of up to {longest} tokens fit none of the "
             f"compiled shapes {[tuple(s) for s in shapes]} (groups, rows, prefix, suffix)"
         )
-
-    def _put(self, x: Any) -> Any:
-        return jax.device_put(x, self._sharding)
-
-
-def _shape_of(round_: Round) -> Shape:
-    _, groups, prefix, *_ = round_.prefix_cache.keys.shape
-    _, _, rows, suffix, *_ = round_.suffix_cache.keys.shape
-    return Shape(groups, rows, prefix, suffix)

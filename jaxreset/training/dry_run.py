@@ -10,7 +10,7 @@ from rich.table import Table
 
 from jaxreset.config import Config, dump_config
 from jaxreset.models.decoder import DecoderConfig
-from jaxreset.sampling import Shape
+from jaxreset.sampling.programs import cache_bytes
 from jaxreset.training.setup import make_experiment
 
 
@@ -55,12 +55,6 @@ def describe(config: Config, console: Console) -> None:
         f"{experiment.overlong.dropped} dropped (longest prompt {experiment.overlong.longest} tokens)"
     )
     experiment.task.close()
-
-
-def cache_bytes(model: DecoderConfig, shape: Shape) -> int:
-    """Bytes of keys and values that one sampling call holds: P + K * S slots for each group."""
-    slots = shape.groups * (shape.prefix + shape.rows * shape.suffix)
-    return 2 * model.layers * slots * model.kv_heads * model.head_dim * _itemsize(model)
 
 
 def _itemsize(model: DecoderConfig) -> int:

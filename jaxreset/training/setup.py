@@ -149,8 +149,8 @@ def _make_experiment(config: Config) -> Experiment:
     test, _ = fit_prompts(problems.test, task, policy.tokenizer, limit, refuse=refuse)
     problems = Problems(train, test)
 
-    sharding = None
-    if mesh.size > 1:
+    sharding, spread = None, mesh if mesh.size > 1 else None
+    if spread is not None:
         sharding = rows_sharding(mesh)
         params = jax.device_put(policy.params, param_shardings(mesh, policy.params))
         policy = policy.with_params(params, policy.version)
@@ -162,7 +162,9 @@ def _make_experiment(config: Config) -> Experiment:
         answer_marker=task.answer_marker,
         shapes=[*plan.base, plan.evaluate],
         forks=plan.forks,
-        sharding=sharding,
+        slots=s.slots,
+        hold_cache=s.hold_cache,
+        mesh=spread,
     )
     localizer, ask = None, config.reset.localizer
     if plan.localize is not None:
@@ -173,7 +175,7 @@ def _make_experiment(config: Config) -> Experiment:
                 StopRules(ask.max_tokens),
                 delimiter=task.delimiter,
                 shapes=[plan.localize],
-                sharding=sharding,
+                mesh=spread,
             ),
             batch=plan.localize.groups,
             prompt_limit=plan.localize.prefix,

@@ -1,0 +1,146 @@
+"""Draws a round segment by segment: the host's side of `decoding.decode`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxreset.models.decoder import KV
+from jaxreset.sampling.decoding import Drawn, Lanes
+from jaxreset.sampling.rounds import StopReason
+from jaxreset.sampling.schedule import Batch, Costs, LaneShape, next_batch
+from jaxreset.steps import Progress
+
+
+class Start(NamedTuple):
+    """Where each group's rows begin; all [N].
+
+    prefix_lengths: tokens of the prefix.  last_tokens: its last one.  ids: the prompt's global index.
+    first_rows: number of the group's first row among its prompt's rows of this phase.
+    progress: of the response's kept tokens.  used: how many those are.  live: False for padding.
+    """
+
+    prefix_lengths: np.ndarray
+    last_tokens: np.ndarray
+    ids: np.ndarray
+    first_rows: np.ndarray
+    progress: Progress
+    used: np.ndarray
+    live: np.ndarray
+
+
+class Rows(NamedTuple):
+    """The rows of a round as drawn so far: [N, K] and [N, K, S]; fields as in `decoding.Drawn`."""
+
+    tokens: np.ndarray
+    behavior_logps: np.ndarray
+    sampling_logps: np.ndarray
+    last: np.ndarray
+    lengths: np.ndarray
+    progress: Progress
+    reasons: np.ndarray
+
+
+Decode = Callable[[KV, Lanes, int, LaneShape], tuple[Drawn, KV]]
+
+
+def draw_rows(
+    decode: Decode,
+    start: Start,
+    suffix: KV,
+    shapes: list[LaneShape],
+    *,
+    rows: int,
+    prefix: int,
+    size: int,
+    costs: Costs,
+    dtype: np.dtype,
+) -> tuple[Rows, KV, int]:
+    """Decodes until every row has ended.
+
+    Args:
+      decode: `decoding.decode` with all but its store, lanes, `leave` and sizes.
+      start: of the round's groups.
+      suffix: the round's empty store; used up.
+      shapes, prefix, costs: see `schedule.next_batch`.
+      rows, size: K and S.
+      dtype: of log-probabilities.
+
+    Returns:
+      The rows, the filled store, and the lane steps that were spent: steps times lanes, idle ones too.
+    """
+    state, lane_steps = _first(start, rows, size, dtype), 0
+    while batch := next_batch(
+        state.lengths,
+        state.reasons == StopReason.RUNNING,
+        shapes,
+        prefix=prefix,
+        costs=costs,
+    ):
+        drawn, suffix = decode(suffix, _lanes(start, state, batch), batch.leave, batch.shape)
+        drawn = jax.device_get(drawn)
+        _record(state, batch, drawn)
+        lane_steps += int(drawn.steps) * batch.live.size
+    return state, suffix, lane_steps
+
+
+def idle_lanes(shape: LaneShape) -> Lanes:
+    """Lanes without a row: `decode` returns at once."""
+    m, k = shape.groups, shape.rows
+    group, lane = np.zeros(m, np.int32), np.zeros((m, k), np.int32)
+    none = np.zeros((m, k), bool)
+    progress = Progress(lane, lane, lane, none)
+    return Lanes(group, lane, group + 1, group, group, lane, lane, lane, progress, none)
+
+
+def _first(start: Start, rows: int, size: int, dtype: np.dtype) -> Rows:
+    shape = (*start.live.shape, rows)
+
+    def spread(x: np.ndarray) -> np.ndarray:
+        return np.repeat(x[:, None], rows, axis=1)
+
+    return Rows(
+        tokens=np.zeros((*shape, size), np.int32),
+        behavior_logps=np.zeros((*shape, size), dtype),
+        sampling_logps=np.zeros((*shape, size), dtype),
+        last=spread(start.last_tokens),
+        lengths=np.zeros(shape, np.int32),
+        progress=jax.tree.map(spread, start.progress),
+        reasons=spread(np.where(start.live, StopReason.RUNNING, StopReason.LENGTH)),
+    )
+
+
+def _lanes(start: Start, state: Rows, batch: Batch) -> Lanes:
+    groups = batch.groups
+    cells = groups[:, None], batch.rows
+    return Lanes(
+        groups=groups,
+        rows=batch.rows,
+        prefix_lengths=start.prefix_lengths[groups],
+        ids=start.ids[groups],
+        used=start.used[groups],
+        numbers=start.first_rows[groups][:, None] + batch.rows,
+        last=state.last[cells],
+        lengths=state.lengths[cells],
+        progress=jax.tree.map(lambda x: x[cells], state.progress),
+        live=batch.live,
+    )
+
+
+def _record(state: Rows, batch: Batch, drawn: Drawn) -> None:
+    """Writes what the lanes drew into the rows that they stood for."""
+    lanes = np.nonzero(batch.live)
+    cells = batch.groups[lanes[0]], batch.rows[lanes]
+    slots = np.arange(batch.shape.window)
+    new = (slots >= state.lengths[cells][:, None]) & (slots < drawn.lengths[lanes][:, None])
+    which, slot = np.nonzero(new)
+    for name in ("tokens", "behavior_logps", "sampling_logps"):
+        values = getattr(drawn, name)[lanes]
+        getattr(state, name)[cells[0][which], cells[1][which], slot] = values[which, slot]
+    for name in ("last", "lengths", "reasons"):
+        getattr(state, name)[cells] = getattr(drawn, name)[lanes]
+    for old, values in zip(state.progress, drawn.progress, strict=True):
+        old[cells] = values[lanes]

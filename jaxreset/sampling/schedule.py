@@ -1,0 +1,169 @@
+"""Which rows of a round decode together, and when. Plain numpy: nothing here runs on a device.
+
+Responses have long tails: in a batch that is never changed, most lanes wait for the longest row. So
+a round is decoded in segments. A segment advances some rows, its lanes, until enough of them have
+ended or filled the window that they attend to; then the lanes are chosen anew. Rows that wait take
+the place of rows that ended, and when none wait the batch shrinks.
+
+    rows of a round   [ a a a a | b b b b | c c c c | d d d d ]      4 groups of 4
+    first segment     [ a a a a | b b b b ]                          lanes: 2 groups of 4
+    a later one       [ a a | b _ | c c | c c ]                      lanes: 4 groups of 2
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+MIN_WINDOW = 32  # slots; a response of fewer than two such has no tail worth another program
+MIN_LANES = 8  # fewer don't make a step cheaper
+FREED = 0.25  # share of lanes that must have ended before waiting rows take their place
+
+
+class Costs(NamedTuple):
+    """Time of a decoding step, in times of one row's matrix products.
+
+    Attributes:
+      step: of any step, however few its lanes.
+      slot: of attending to one slot, of a prefix or of a lane.
+    """
+
+    step: float
+    slot: float
+
+
+class LaneShape(NamedTuple):
+    """Sizes of one compiled `decode`: M groups of K lanes, W slots attended to in each."""
+
+    groups: int
+    rows: int
+    window: int
+
+
+class Batch(NamedTuple):
+    """Lanes of the next segment.
+
+    Attributes:
+      shape: their sizes.
+      groups: [M] group of the round.  rows: [M, K] row of that group.
+      live: [M, K] False for lanes that have no row.
+      leave: the segment ends when at most so many lanes can go on.
+    """
+
+    shape: LaneShape
+    groups: np.ndarray
+    rows: np.ndarray
+    live: np.ndarray
+    leave: int
+
+
+def windows(size: int) -> list[int]:
+    """Widths of the suffix window, ascending, each half of the next; the last is `size`.
+
+    >>> windows(500)
+    [125, 250, 500]
+    """
+    widths = [size]
+    while widths[-1] >= 2 * MIN_WINDOW:
+        widths.append(-(-widths[-1] // 2))
+    return widths[::-1]
+
+
+def lane_shapes(
+    groups: int, rows: int, size: int, *, slots: int | None = None, shards: int = 1
+) -> list[LaneShape]:
+    """All sizes that decoding a round may need.
+
+    Args:
+      groups, rows, size: N, K and S of the round.
+      slots: most lanes at once, but at least a group on each shard; None: all rows.
+      shards: of the group axis; each takes equally many groups.
+
+    >>> [shape[:2] for shape in lane_shapes(4, 8, 128)]
+    [(4, 8), (4, 4), (4, 2)]
+    >>> [shape[:2] for shape in lane_shapes(128, 8, 128, slots=64)]
+    [(8, 8), (32, 2), (32, 1), (16, 1), (8, 1)]
+    """
+    first = groups if slots is None else min(groups, slots // rows)
+    first = max(first // shards, 1) * shards
+    sizes = [(first, rows)]
+    if size >= 2 * MIN_WINDOW:
+        if first < groups and rows > 2:
+            sizes.append((max(first * rows // (2 * shards), 1) * shards, 2))
+        while True:
+            m, k = sizes[-1]
+            m, k = (m, k // 2) if k > 1 else (m // 2, k)
+            if m * k < MIN_LANES or m < 1 or m % shards:
+                break
+            sizes.append((m, k))
+    return [LaneShape(m, k, window) for m, k in sizes for window in windows(size)]
+
+
+def next_batch(
+    lengths: np.ndarray,
+    running: np.ndarray,
+    shapes: list[LaneShape],
+    *,
+    prefix: int,
+    costs: Costs,
+) -> Batch | None:
+    """The lanes of the next segment, or None when all rows have ended.
+
+    Rows that still fit the narrowest window go first: long ones wait until they are among themselves.
+    Of the shapes, the one is taken that costs least for each row that it advances.
+
+    Args:
+      lengths, running: [N, K] tokens drawn so far, and whether a row goes on.
+      shapes: of `lane_shapes`.
+      prefix: P, slots of the prefix store.
+    """
+    if not running.any():
+        return None
+    window = min(s.window for s in shapes if s.window > lengths[running].min())
+    waiting = running & (lengths < window)
+    best = None
+    for shape in shapes:
+        if shape.window != window:
+            continue
+        batch = _fill(waiting, shape)
+        slots = shape.groups * (prefix + shape.rows * window)
+        cost = costs.step + shape.groups * shape.rows + slots * costs.slot
+        per_row = cost / batch.live.sum()
+        if best is None or per_row < best[0]:
+            best = per_row, batch
+    assert best is not None  # some window is S, which every running row fits
+    batch = best[1]
+    taken, lanes = int(batch.live.sum()), batch.live.size
+    if taken < waiting.sum():
+        leave = int(taken * (1 - FREED))
+    elif any(s.groups * s.rows < lanes for s in shapes):
+        leave = lanes // 2
+    else:
+        leave = 0
+    # At least a few rows must end before the lanes are chosen anew.
+    return batch._replace(leave=max(min(leave, taken - -(-lanes // 16)), 0))
+
+
+def _fill(waiting: np.ndarray, shape: LaneShape) -> Batch:
+    """Rows of `waiting` [N, K] for the lanes of `shape`, in their order; a group may be cut in parts."""
+    n, k = waiting.shape
+    groups, rows = (
+        np.zeros(shape.groups, np.int32),
+        np.zeros((2, shape.groups, shape.rows), np.int32),
+    )
+    if (shape.groups, shape.rows) == (n, k):  # every row in its own place: nothing is moved
+        rows[0] = np.arange(k)
+        return Batch(shape, np.arange(n, dtype=np.int32), rows[0], waiting, 0)
+    m = 0
+    for group in np.flatnonzero(waiting.any(1)):
+        members = np.flatnonzero(waiting[group])
+        for first in range(0, len(members), shape.rows):
+            if m == shape.groups:
+                break
+            part = members[first : first + shape.rows]
+            groups[m] = group
+            rows[0, m, : len(part)] = part
+            rows[1, m, : len(part)] = 1
+            m += 1
+    return Batch(shape, groups, rows[0], rows[1].astype(bool), 0)

@@ -1,0 +1,160 @@
+"""Segments: which rows decode together changes no token, wastes little, and ends."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_sampling import assert_rounds_equal, random_prompts, random_snapshots
+
+from jaxreset.sampling import Sampler, Shape, StopRules, Stream, schedule
+from jaxreset.sampling.schedule import Costs, lane_shapes, next_batch, windows
+from jaxreset.training.compiles import compiles
+
+CPU, ACCELERATOR = Costs(8, 2e-3), Costs(256, 2e-3)
+
+
+def simulate(wanted, shapes, *, prefix=64, costs=CPU):
+    """Draws rows of the lengths `wanted` [N, K]; returns each segment's lanes, rows and steps."""
+    lengths, segments = np.zeros_like(wanted), []
+    while batch := next_batch(lengths, lengths < wanted, shapes, prefix=prefix, costs=costs):
+        groups, window = batch.groups[:, None], batch.shape.window
+        own = lengths[groups, batch.rows]
+        left = np.where(batch.live, np.minimum(wanted[groups, batch.rows], window) - own, 0)
+        assert (left[batch.live] > 0).all()
+        cells = np.stack(np.broadcast_arrays(groups, batch.rows), -1)[batch.live]
+        assert len(np.unique(cells, axis=0)) == len(cells)  # no row twice
+        # The segment ends with the step after which at most `leave` lanes can go on.
+        assert (left > 0).sum() > batch.leave
+        steps = np.sort(left.ravel())[::-1][batch.leave]
+        np.add.at(lengths, (groups, batch.rows), np.minimum(left, steps))
+        segments.append((batch, int(steps)))
+    np.testing.assert_array_equal(lengths, wanted)
+    return segments
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_every_row_is_drawn_to_its_end_in_the_shapes_that_were_compiled(data):
+    groups, rows = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 9))
+    size = data.draw(st.integers(1, 400))
+    slots = data.draw(st.none() | st.integers(1, 80))
+    shards = data.draw(st.sampled_from([1, 2, 4]))
+    groups = -(-groups // shards) * shards
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    wanted = np.random.default_rng(seed).integers(0, size + 1, (groups, rows))
+    shapes = lane_shapes(groups, rows, size, slots=slots, shards=shards)
+    assert all(shape.groups % shards == 0 for shape in shapes)
+    if slots is not None:
+        most = max(slots, rows * shards, 2 * shards)
+        assert all(shape.groups * shape.rows <= most for shape in shapes)
+    simulate(wanted, shapes)
+
+
+def test_the_widest_window_is_the_whole_suffix():
+    for size in (1, 64, 127, 128, 500, 4096):
+        widths = windows(size)
+        assert widths[-1] == size
+        assert widths == sorted(set(widths))
+        assert widths[0] >= min(size, schedule.MIN_WINDOW)
+
+
+def long_tail(rng, shape, *, median=40, most=512):
+    return np.clip(rng.lognormal(np.log(median), 1.0, shape), 1, most).astype(int)
+
+
+def test_few_lanes_idle_although_lengths_have_a_long_tail():
+    wanted = long_tail(np.random.default_rng(0), (128, 8))
+    segments = simulate(wanted, lane_shapes(128, 8, 512, slots=64))
+    spent = sum(steps * batch.live.size for batch, steps in segments)
+    assert wanted.sum() / spent > 0.8
+    # A batch that is never changed waits for the longest of its 64 rows.
+    static = 64 * wanted.reshape(-1, 64).max(1).sum()
+    assert wanted.sum() / static < 0.3
+
+
+@pytest.mark.parametrize("costs", [CPU, ACCELERATOR], ids=["cpu", "accelerator"])
+def test_a_batch_of_all_rows_shrinks_as_they_end(costs):
+    wanted = long_tail(np.random.default_rng(1), (32, 8))
+    segments = simulate(wanted, lane_shapes(32, 8, 512), costs=costs)
+    lanes = [batch.live.size for batch, _ in segments]
+    assert lanes[0] == 256
+    assert lanes[-1] <= 16
+    spent = sum(steps * batch.live.size for batch, steps in segments)
+    assert wanted.sum() / spent > 0.6
+    assert wanted.sum() / (wanted.max() * wanted.size) < 0.2
+    if costs is ACCELERATOR:  # where few rows cost as much as many, they decode together
+        assert sum(steps for _, steps in segments) < 1.2 * wanted.max()
+
+
+# Exactness
+
+
+@pytest.fixture(scope="module")
+def make_sampler(automaton):
+    base, child = Shape(4, 4, 12, 32), Shape(6, 2, 44, 32)
+
+    def make(**options):
+        return Sampler(
+            automaton,
+            StopRules(max_response=32, max_steps=9, max_step_tokens=12),
+            eos_ids=(1,),
+            shapes=[base],
+            forks=[(base, child), (child, child)],
+            **options,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slots"), [("float64", None), ("float64", 8), ("float32", 8)], ids=str
+)
+def test_segments_change_no_token(policies, make_sampler, monkeypatch, dtype, slots):
+    """Narrow windows, rows that wait and batches that shrink draw what one plain loop draws."""
+    policy, atol = policies[dtype], {"float64": 1e-9, "float32": 1e-5}[dtype]
+
+    def rounds(sampler):
+        base = sampler.sample(policy, random_prompts(4), rows=4, stream=Stream(seed), **draw)
+        snapshots = random_snapshots(base, 6, seed)
+        reset = sampler.resume(policy, snapshots, rows=2, stream=Stream(seed, phase=1), **draw)
+        snapshots = random_snapshots(reset, 5, seed)
+        return base, reset, sampler.resume(policy, snapshots, rows=2, stream=Stream(seed, phase=2))
+
+    plain, segmented = make_sampler(), make_sampler(slots=slots)
+    with jax.enable_x64(dtype == "float64"):
+        for seed in range(6):
+            draw = {"temperature": [0.0, 1.0, 0.7][seed % 3]}
+            monkeypatch.setattr(schedule, "MIN_WINDOW", 64)
+            expected = rounds(plain)
+            for r in expected:  # all lanes, until the longest row ends
+                assert r.lane_steps == r.lengths.max() * r.shape.groups * r.shape.rows
+            monkeypatch.setattr(schedule, "MIN_WINDOW", 16)  # windows of 16 and 32 slots
+            monkeypatch.setattr(schedule, "MIN_LANES", 2)
+            for ours, theirs in zip(rounds(segmented), expected, strict=True):
+                assert_rounds_equal(ours, theirs, atol=atol)
+                assert ours.lane_steps < theirs.lane_steps
+
+
+@pytest.mark.parametrize("hold_cache", ["always", "never"])
+def test_a_round_that_is_not_held_is_prefilled_again(policy64, make_sampler, hold_cache):
+    sampler = make_sampler(hold_cache=hold_cache)
+    sampler.compile(policy64)
+    before = compiles()
+    base = sampler.sample(policy64, random_prompts(4), rows=4, stream=Stream(1))
+    assert (base.cache is None) == (hold_cache == "never")
+    snapshots = random_snapshots(base, 6, 1)
+    branches = sampler.resume(policy64, snapshots, rows=2, stream=Stream(2))
+    assert compiles() == before
+    kept = [s.length - int(base.prompt_lengths[s.group]) for s in snapshots]
+    fresh = Sampler(sampler.automaton, sampler.stop, eos_ids=(1,), shapes=[branches.shape]).sample(
+        policy64,
+        [s.tokens for s in snapshots],
+        kept=kept,
+        ids=[int(base.ids[s.group]) for s in snapshots],
+        rows=2,
+        stream=Stream(2),
+    )
+    assert_rounds_equal(branches, fresh)
