@@ -131,6 +131,9 @@ class Sampling(Section):
 class Localizer(Section):
     """How the policy is asked for its first wrong step."""
 
+    mode: Literal["generate", "score"] = Field(
+        "generate", description="write an answer, or weigh every possible one in a forward pass"
+    )
     temperature: NonNegativeFloat | None = Field(
         None, description="null: 0.3, and 0 for layout 1x8 of method=paper"
     )

@@ -194,6 +194,7 @@ class ScriptedRounds:
             version=policy.version,
             shape=Shape(*shape, 0, tokens.shape[-1]),
             lane_steps=int(lengths.max()) * lengths.size,
+            prefix_reads=int(lengths.max()) * len(lengths),
             cache=None,
         )
 
@@ -226,11 +227,13 @@ class ScriptedLocalizer:
         policy: Any,
         questions: Sequence[str],
         *,
+        steps: Sequence[int],
         stream: Stream,
         ids: Sequence[int],
         first_rows: Sequence[int],
     ) -> tuple[list[str], int]:
-        assert len(questions) == len(ids) == len(first_rows)
+        assert len(questions) == len(ids) == len(first_rows) == len(steps)
+        assert min(steps) > 0
         asked = [
             Question(i, stream.phase, row, text)
             for i, row, text in zip(ids, first_rows, questions, strict=True)

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from scripted import CHAIN_TOKENIZER, PROBLEMS, TASK, ScriptedRounds, encode, planted
 
 from jaxreset.config import parse_config
 from jaxreset.objectives import Objective, make_objective
 from jaxreset.resets import RULES, Answer, Failure, RuleName, parse_answer
 from jaxreset.sampling.rounds import Stream
-from jaxreset.training.localize import PolicyLocalizer, encode_question
+from jaxreset.training.localize import PolicyLocalizer, ScoringLocalizer, encode_question
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=40)
 DRAWN_RULES = ("random", "early")
@@ -198,7 +199,9 @@ def localize(script, batch):
         decode=lambda tokens: CHAIN_TOKENIZER.decode(tokens, skip_special_tokens=True),
     )
     ids, first_rows = [7, 7, 8, 9, 9], [0, 2, 1, 4, 0]
-    answers, tokens = ask(policy, QUESTIONS, stream=Stream(3, 5, 1), ids=ids, first_rows=first_rows)
+    answers, tokens = ask(
+        policy, QUESTIONS, steps=[3] * 5, stream=Stream(3, 5, 1), ids=ids, first_rows=first_rows
+    )
     return answers, tokens, rounds.calls
 
 
@@ -218,11 +221,50 @@ def test_policy_localizer_asks_nothing_when_all_questions_are_too_long():
     rounds = ScriptedRounds({})
     ask = PolicyLocalizer(rounds, batch=4, prompt_limit=2, temperature=0.0, top_p=1.0)
     policy = SimpleNamespace(tokenizer=CHAIN_TOKENIZER)
-    assert ask(policy, ["a1b2\n"] * 3, stream=Stream(0), ids=[0, 1, 2], first_rows=[0, 0, 0]) == (
-        ["", "", ""],
-        0,
-    )
+    named = {"stream": Stream(0), "ids": [0, 1, 2], "first_rows": [0, 0, 0]}
+    assert ask(policy, ["a1b2\n"] * 3, steps=[1, 1, 1], **named) == (["", "", ""], 0)
     assert rounds.calls == []
+
+
+def boxed_logps(policy, question, count):
+    """Teacher-forced log-probability of each `\\boxed{n}` after a question, one full pass each."""
+    out = []
+    for n in range(1, count + 1):
+        answer = encode(f"\\boxed{{{n}}}")
+        tokens = np.concatenate([encode(question), answer])
+        logits = np.asarray(policy.logits(tokens[None]), np.float64)[0]
+        logps = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        places = np.arange(len(tokens) - len(answer), len(tokens))
+        out.append(logps[places - 1, tokens[places]].sum())
+    return np.asarray(out)
+
+
+def test_scoring_localizer_names_the_step_whose_answer_is_likeliest(policy32):
+    ask = ScoringLocalizer(CHAIN_TOKENIZER, most_steps=12, batch=2, prompt_limit=4, temperature=0.0)
+    steps = [3, 12, 5, 1, 12]
+    named = {"stream": Stream(3, 5, 1), "ids": [7, 7, 8, 9, 9], "first_rows": [0, 2, 1, 4, 0]}
+    answers, tokens = ask(policy32, QUESTIONS, steps=steps, **named)
+    assert tokens == 0
+    assert answers[2] == ""  # too long
+    for n in (0, 1, 3, 4):
+        logps = boxed_logps(policy32, QUESTIONS[n], steps[n])
+        assert answers[n] == f"\\boxed{{{logps.argmax() + 1}}}"
+    assert len(set(answers)) > 2
+
+
+def test_scoring_localizer_draws_steps_by_their_answers_probabilities(policy32):
+    count, temperature = 4000, 2.0
+    ask = ScoringLocalizer(
+        CHAIN_TOKENIZER, most_steps=9, batch=1000, prompt_limit=4, temperature=temperature
+    )
+    named = {"stream": Stream(0), "ids": range(count), "first_rows": [0] * count}
+    question = [QUESTIONS[0]] * count
+    answers, _ = ask(policy32, question, steps=[6] * count, **named)
+    assert answers == ask(policy32, question, steps=[6] * count, **named)[0]
+    drawn = np.bincount([int(a[7:-1]) for a in answers], minlength=7)[1:]
+    logps = boxed_logps(policy32, QUESTIONS[0], 6) / temperature
+    expected = np.exp(logps - np.logaddexp.reduce(logps)) * count
+    assert stats.chisquare(drawn, expected).pvalue > 1e-3
 
 
 def test_questions_are_raw_text_without_a_chat_template_and_in_it_with_one():

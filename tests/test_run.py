@@ -218,6 +218,11 @@ OBJECTIVES = {
     "rrpo-paper": ["objective=rrpo", "method=paper"],
     "srpo-paper-2x4": ["objective=srpo", "method=paper", "reset.layout=2x4"],
     "ladder": ["objective=ladder", "reset.when=any_failure"],
+    "srpo-scored-not-held": [
+        "objective=srpo",
+        "reset.localizer.mode=score",
+        "sampling.hold_cache=never",
+    ],
 }
 
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import numpy as np
 import pytest
+from conftest import TINY
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sampling import assert_rounds_equal, random_prompts, random_snapshots
 
-from jaxreset.sampling import Sampler, Shape, StopRules, Stream, schedule
-from jaxreset.sampling.schedule import Costs, lane_shapes, next_batch, windows
+from jaxreset.models.decoder import KV, Decoder, DecoderConfig
+from jaxreset.parallel import make_mesh, param_shardings
+from jaxreset.sampling import Sampler, Shape, StopRules, Stream, decoding, schedule
+from jaxreset.sampling.decoding import Draws, Limits, decode
+from jaxreset.sampling.drawing import idle_lanes
+from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes, next_batch, windows
+from jaxreset.steps import build_automaton
 from jaxreset.training.compiles import compiles
 
 CPU, ACCELERATOR = Costs(8, 2e-3), Costs(256, 2e-3)
@@ -94,15 +103,15 @@ def test_a_batch_of_all_rows_shrinks_as_they_end(costs):
 
 @pytest.fixture(scope="module")
 def make_sampler(automaton):
-    base, child = Shape(4, 4, 12, 32), Shape(6, 2, 44, 32)
+    shape = Shape(4, 4, 44, 32)  # of prompts and of resets, so that both share their programs
 
     def make(**options):
         return Sampler(
             automaton,
             StopRules(max_response=32, max_steps=9, max_step_tokens=12),
             eos_ids=(1,),
-            shapes=[base],
-            forks=[(base, child), (child, child)],
+            shapes=[shape],
+            forks=[(shape, shape)],
             **options,
         )
 
@@ -118,10 +127,10 @@ def test_segments_change_no_token(policies, make_sampler, monkeypatch, dtype, sl
 
     def rounds(sampler):
         base = sampler.sample(policy, random_prompts(4), rows=4, stream=Stream(seed), **draw)
-        snapshots = random_snapshots(base, 6, seed)
-        reset = sampler.resume(policy, snapshots, rows=2, stream=Stream(seed, phase=1), **draw)
-        snapshots = random_snapshots(reset, 5, seed)
-        return base, reset, sampler.resume(policy, snapshots, rows=2, stream=Stream(seed, phase=2))
+        snapshots = random_snapshots(base, 4, seed)
+        reset = sampler.resume(policy, snapshots, rows=4, stream=Stream(seed, phase=1), **draw)
+        snapshots = random_snapshots(reset, 3, seed)
+        return base, reset, sampler.resume(policy, snapshots, rows=4, stream=Stream(seed, phase=2))
 
     plain, segmented = make_sampler(), make_sampler(slots=slots)
     with jax.enable_x64(dtype == "float64"):
@@ -145,8 +154,8 @@ def test_a_round_that_is_not_held_is_prefilled_again(policy64, make_sampler, hol
     before = compiles()
     base = sampler.sample(policy64, random_prompts(4), rows=4, stream=Stream(1))
     assert (base.cache is None) == (hold_cache == "never")
-    snapshots = random_snapshots(base, 6, 1)
-    branches = sampler.resume(policy64, snapshots, rows=2, stream=Stream(2))
+    snapshots = random_snapshots(base, 4, 1)
+    branches = sampler.resume(policy64, snapshots, rows=4, stream=Stream(2))
     assert compiles() == before
     kept = [s.length - int(base.prompt_lengths[s.group]) for s in snapshots]
     fresh = Sampler(sampler.automaton, sampler.stop, eos_ids=(1,), shapes=[branches.shape]).sample(
@@ -154,7 +163,85 @@ def test_a_round_that_is_not_held_is_prefilled_again(policy64, make_sampler, hol
         [s.tokens for s in snapshots],
         kept=kept,
         ids=[int(base.ids[s.group]) for s in snapshots],
-        rows=2,
+        rows=4,
         stream=Stream(2),
     )
     assert_rounds_equal(branches, fresh)
+
+
+# Programs
+
+
+def small_round(prefix, size, rows):
+    """A compiled `decode` of 8 rows of one prefix, or of 8 prefixes of one row."""
+    config = DecoderConfig(
+        vocab=28, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp=48, dtype="float32"
+    )
+    graph, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    groups = 8 // rows
+
+    def store(*around, slots):
+        around = (2, groups, *around, 2)
+        keys, values = (*around, 8, slots), (*around, slots, 8)
+        return KV(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in (keys, values)))
+
+    automaton = build_automaton([b"\n"] * 28, delimiter="\n", vocab_size=28)
+    i32, f32 = np.int32(0), np.float32(1)
+    lowered = decode.lower(
+        params,
+        store(slots=prefix),
+        store(rows, slots=size),
+        idle_lanes(LaneShape(groups, rows, size)),
+        automaton,
+        Limits(i32, i32, i32, i32, np.zeros(1, np.int32)),
+        Draws(f32, f32, i32, i32, *np.zeros((3, 1), np.uint32)[:, 0]),
+        i32,
+        graph=graph,
+        window=size,
+    )
+    return lowered.compile().memory_analysis()
+
+
+def test_memory_grows_as_one_prefix_and_the_suffixes():
+    """P + 8 * S slots, not 8 * (P + S), of what the compiled program takes and makes."""
+
+    def peak(prefix, size, rows=8):
+        m = small_round(prefix, size, rows)
+        return (
+            m.argument_size_in_bytes
+            + m.output_size_in_bytes
+            - m.alias_size_in_bytes
+            + m.temp_size_in_bytes
+        )
+
+    slot = 2 * 2 * 2 * 8 * 4  # bytes: keys and values, layers, heads, width, float32
+    start, step = peak(1024, 256), 1024
+    by_prefix = (peak(1024 + step, 256) - start) / (slot * step)
+    by_suffix = (peak(1024, 256 + step) - start) / (slot * step)
+    unshared = (peak(1024 + step, 256, rows=1) - peak(1024, 256, rows=1)) / (slot * step)
+    assert 1 <= by_prefix < 3  # the prefix, and scores of the rows
+    assert 8 <= by_suffix < 24
+    assert unshared >= 8
+
+
+def test_no_weights_are_gathered_inside_the_decoding_loop(policy32, automaton):
+    """On a mesh with fsdp, a step exchanges activations, never parameters or caches."""
+    mesh = make_mesh(2, 2, 2)
+    params = jax.device_put(policy32.params, param_shardings(mesh, policy32.params))
+    policy = policy32.with_params(params, policy32.version)
+    shape = Shape(4, 4, 16, 32)
+    seen = []
+
+    def spy(*args, **options):
+        seen.append(decode.lower(*args, **options).compile().as_text())
+        return decode(*args, **options)
+
+    sampler = Sampler(automaton, StopRules(32), shapes=[shape], mesh=mesh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "decode", spy)
+        sampler.sample(policy, random_prompts(4), rows=4, stream=Stream(0))
+    # Elements of what all-gathers make: a row's query or activations at most, no weights, no cache.
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", seen[0])
+    smallest_weight = TINY.width * TINY.kv_heads * TINY.head_dim
+    for dimensions in gathered:
+        assert np.prod([int(d) for d in dimensions.split(",") if d]) < smallest_weight, dimensions

@@ -278,8 +278,8 @@ def decode(
     if in_place:
         shared, own = prefix, _window(suffix, window)
     else:
-        shared = _by_layer(partial(jax.tree.map, lambda store: store[lanes.groups]), prefix)
-        own = _by_layer(partial(_load, lanes=lanes, window=window), suffix)
+        shared = jax.tree.map(lambda store: store[:, lanes.groups], prefix)
+        own = _load(suffix, lanes, window)
     drawn, own = jax.lax.while_loop(going_on, step, (start, own))
     if in_place and window == size:
         saved = own
@@ -303,10 +303,14 @@ def _window(store: KV, window: int) -> KV:
     return KV(store.keys[..., :window], store.values[..., :window, :])
 
 
-def _load(store: KV, *, lanes: Lanes, window: int) -> KV:
-    """The lanes' first slots in one layer: N × K × S slots -> M × K' × W."""
+def _load(store: KV, lanes: Lanes, window: int) -> KV:
+    """The lanes' first slots: N × K × S slots -> M × K' × W."""
     cells = lanes.groups[:, None], lanes.rows
-    return jax.tree.map(lambda x: x[cells], _window(store, window))
+    # One gather of slices: to cut the window first, or take layer by layer, would copy the store.
+    return KV(
+        store.keys.at[:, *cells, :, :, :window].get(mode="promise_in_bounds"),
+        store.values.at[:, *cells, :, :window].get(mode="promise_in_bounds"),
+    )
 
 
 def _save(store: KV, own: KV, lanes: Lanes, window: int) -> KV:

@@ -32,6 +32,13 @@ class Start(NamedTuple):
     live: np.ndarray
 
 
+class Spent(NamedTuple):
+    """What a round cost: decoding steps times lanes, idle ones too, and times prefixes read."""
+
+    lane_steps: int = 0
+    prefix_reads: int = 0
+
+
 class Rows(NamedTuple):
     """The rows of a round as drawn so far: [N, K] and [N, K, S]; fields as in `decoding.Drawn`."""
 
@@ -58,7 +65,7 @@ def draw_rows(
     size: int,
     costs: Costs,
     dtype: np.dtype,
-) -> tuple[Rows, KV, int]:
+) -> tuple[Rows, KV, Spent]:
     """Decodes until every row has ended.
 
     Args:
@@ -70,9 +77,9 @@ def draw_rows(
       dtype: of log-probabilities.
 
     Returns:
-      The rows, the filled store, and the lane steps that were spent: steps times lanes, idle ones too.
+      The rows, the filled store, and what was spent.
     """
-    state, lane_steps = _first(start, rows, size, dtype), 0
+    state, spent = _first(start, rows, size, dtype), Spent()
     while batch := next_batch(
         state.lengths,
         state.reasons == StopReason.RUNNING,
@@ -83,8 +90,10 @@ def draw_rows(
         drawn, suffix = decode(suffix, _lanes(start, state, batch), batch.leave, batch.shape)
         drawn = jax.device_get(drawn)
         _record(state, batch, drawn)
-        lane_steps += int(drawn.steps) * batch.live.size
-    return state, suffix, lane_steps
+        steps = int(drawn.steps)
+        lanes, prefixes = steps * batch.live.size, steps * batch.shape.groups
+        spent = Spent(spent.lane_steps + lanes, spent.prefix_reads + prefixes)
+    return state, suffix, spent
 
 
 def idle_lanes(shape: LaneShape) -> Lanes:

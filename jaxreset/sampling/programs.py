@@ -15,7 +15,7 @@ from jaxreset.models.policy import Policy
 from jaxreset.parallel import decode_shardings, rows_sharding
 from jaxreset.sampling import decoding
 from jaxreset.sampling.decoding import Drawn, Draws, Lanes, Limits
-from jaxreset.sampling.drawing import Decode, Rows, Start, draw_rows, idle_lanes
+from jaxreset.sampling.drawing import Decode, Rows, Spent, Start, draw_rows, idle_lanes
 from jaxreset.sampling.rounds import Shape, Snapshot
 from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes
 from jaxreset.steps import StepAutomaton
@@ -70,8 +70,8 @@ class Programs:
 
     def draw(
         self, policy: Policy, shape: Shape, prefix: KV, start: Start, draws: Draws
-    ) -> tuple[Rows, KV, int]:
-        """All rows of a round, its suffix store and its lane steps; see `drawing.draw_rows`."""
+    ) -> tuple[Rows, KV, Spent]:
+        """All rows of a round, its suffix store and what was spent; see `drawing.draw_rows`."""
         return draw_rows(
             self._decode(policy, prefix, draws),
             start,

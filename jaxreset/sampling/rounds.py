@@ -60,6 +60,7 @@ class Round:
       version: the weights' version that drew it.
       shape: sizes of its caches; the group axis may be padded.
       lane_steps: decoding steps times lanes; what `lengths.sum()` falls short of it was idle.
+      prefix_reads: decoding steps times the prefixes that were attended to.
       cache: prefix and suffix keys and values on the device, see `models.decoder`; None: not held, so
         that `resume` prefills.
     """
@@ -75,6 +76,7 @@ class Round:
     version: int
     shape: Shape
     lane_steps: int
+    prefix_reads: int
     cache: tuple[KV, KV] | None
 
     def suffix(self, group: int, row: int) -> np.ndarray:

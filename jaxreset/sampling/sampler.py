@@ -283,7 +283,7 @@ class Sampler:
         draws: Draws,
     ) -> Round:
         start = self._start(shape, prefixes, prompt_lengths, ids, first_rows)
-        rows, suffix, lane_steps = self._programs.draw(policy, shape, prefix, start, draws)
+        rows, suffix, spent = self._programs.draw(policy, shape, prefix, start, draws)
         count = len(prefixes)
         return Round(
             ids=np.asarray(ids, np.int64),
@@ -296,7 +296,7 @@ class Sampler:
             reasons=rows.reasons[:count],
             version=policy.version,
             shape=shape,
-            lane_steps=lane_steps,
+            **spent._asdict(),
             cache=(prefix, suffix) if self._holds(policy, shape) else None,
         )
 

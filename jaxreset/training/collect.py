@@ -51,18 +51,22 @@ class Rounds(Protocol):
 
 
 class Localizer(Protocol):
-    """Answers localisation questions; see `localize.PolicyLocalizer`."""
+    """Answers localisation questions; see `localize`."""
 
     def __call__(
         self,
         policy: Policy,
         questions: Sequence[str],
         *,
+        steps: Sequence[int],
         stream: Stream,
         ids: Sequence[int],
         first_rows: Sequence[int],
     ) -> tuple[list[str], int]:
-        """The answers' texts, and the number of tokens sampled for them."""
+        """The answers' texts, and the number of tokens sampled for them; `steps` is among how many."""
+
+    def compile(self, policy: Policy) -> None:
+        """Compiles all that a call needs."""
 
 
 @dataclass
@@ -274,6 +278,7 @@ class _Step:
             texts, tokens = self.to.localizer(
                 self.policy,
                 [f.task.localization(f.problem, f.steps) for f in failures],
+                steps=[len(f.steps) for f in failures],
                 stream=stream,
                 ids=[self.prompts[n].number for n, _, _ in about],
                 first_rows=[rollout.number for _, rollout, _ in about],

@@ -32,8 +32,8 @@ from jaxreset.tasks.pipeline import (
     make_task,
     read_problems,
 )
-from jaxreset.training.collect import Collector
-from jaxreset.training.localize import PolicyLocalizer
+from jaxreset.training.collect import Collector, Localizer
+from jaxreset.training.localize import PolicyLocalizer, ScoringLocalizer
 from jaxreset.training.update import LossForm
 
 
@@ -112,8 +112,8 @@ class Experiment:
     def compile_sampling(self, policy: Policy) -> None:
         """Compiles all that sampling, asking and evaluating will need."""
         self.sampler.compile(policy)
-        if isinstance(self.collector.localizer, PolicyLocalizer):
-            self.collector.localizer.sampler.compile(policy)
+        if self.collector.localizer is not None:
+            self.collector.localizer.compile(policy)
 
     def test_prompts(self) -> list[Any]:
         """The held-out prompts; their numbers start at 0."""
@@ -166,28 +166,12 @@ def _make_experiment(config: Config) -> Experiment:
         hold_cache=s.hold_cache,
         mesh=spread,
     )
-    localizer, ask = None, config.reset.localizer
-    if plan.localize is not None:
-        assert ask.temperature is not None  # resolved
-        localizer = PolicyLocalizer(
-            Sampler.for_policy(
-                policy,
-                StopRules(ask.max_tokens),
-                delimiter=task.delimiter,
-                shapes=[plan.localize],
-                mesh=spread,
-            ),
-            batch=plan.localize.groups,
-            prompt_limit=plan.localize.prefix,
-            temperature=ask.temperature,
-            top_p=s.top_p,
-        )
     collector = Collector(
         objective,
         sampler,
         task,
         policy.decode,
-        localizer,
+        None if plan.localize is None else _localizer(config, plan.localize, task, policy, spread),
         draw={"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k},
     )
     assert config.loss.aggregation is not None  # resolved
@@ -204,6 +188,32 @@ def _make_experiment(config: Config) -> Experiment:
         collector=collector,
         form=LossForm(config.loss.aggregation, config.loss.clip, config.loss.dual_clip),
         sharding=sharding,
+    )
+
+
+def _localizer(
+    config: Config, shape: Shape, task: Task, policy: Policy, mesh: jax.sharding.Mesh | None
+) -> Localizer:
+    ask = config.reset.localizer
+    assert ask.temperature is not None  # resolved
+    limits = {"batch": shape.groups, "prompt_limit": shape.prefix}
+    if ask.mode == "score":
+        return ScoringLocalizer(
+            policy.tokenizer,
+            most_steps=config.sampling.max_steps,
+            temperature=ask.temperature,
+            **limits,
+        )
+    sampler = Sampler.for_policy(
+        policy,
+        StopRules(ask.max_tokens),
+        delimiter=task.delimiter,
+        shapes=[shape],
+        hold_cache="never",
+        mesh=mesh,
+    )
+    return PolicyLocalizer(
+        sampler, temperature=ask.temperature, top_p=config.sampling.top_p, **limits
     )
 
 

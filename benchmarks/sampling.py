@@ -1,0 +1,386 @@
+"""Rollouts and reset branches: ours against google-tunix, transformers, and our own plain ways.
+
+    python benchmarks/sampling.py [--json FILE] [--table FILE] [--repeats N] [--only PART ...]
+
+Every contender draws the same number of tokens from prompts of the same lengths with random weights of
+the same sizes. They take turns, and each ratio is between medians. google-tunix gets a virtual
+environment of its own, `benchmarks/.tunix`, made on the first run; transformers needs PyTorch here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+import venv
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from jaxreset.models.decoder import Decoder, DecoderConfig
+from jaxreset.models.policy import Policy
+from jaxreset.sampling import Round, Sampler, Shape, Snapshot, StopRules, Stream
+from jaxreset.steps import build_automaton
+
+TUNIX = "google-tunix==0.1.7"
+HERE = Path(__file__).parent
+SIZES = {"layers": 4, "width": 256, "heads": 8, "kv_heads": 4, "mlp": 768, "vocab": 512}
+EMBEDDED = {"layers": 3, "width": 96, "heads": 4, "kv_heads": 4, "mlp": 192, "vocab": 28}
+HALF_BILLION = {
+    "layers": 24, "width": 896, "heads": 14, "kv_heads": 2, "mlp": 4864, "vocab": 151_936,
+}  # fmt: skip
+PROMPTS, ROWS, NEW = 4, 8, 128
+RESET_GROUPS, RESET_ROWS, RESET_NEW = 8, 4, 32
+CUTS = 40, 96
+LONG = 512
+
+Contender = Callable[[int], float]  # a seed -> seconds
+
+
+def new_policy(sizes: dict[str, int] = SIZES) -> Policy:
+    """A policy with random weights and no tokenizer."""
+    head_dim = sizes["width"] // sizes["heads"]
+    config = DecoderConfig(**sizes, head_dim=head_dim, qkv_bias=True, rope_theta=1e6)
+    graph, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+    tokenizer: Any = None
+    return Policy(graph, params, config, tokenizer, eos_ids=())
+
+
+def new_sampler(
+    vocab: int,
+    most: int,
+    shapes: list[Shape],
+    forks: list[tuple[Shape, Shape]] = (),
+    **options: Any,
+) -> Sampler:
+    """A sampler whose rows end only at `most` tokens, or at one of `eos_ids`."""
+    words = [b"\n", *(i.to_bytes(3) for i in range(1, vocab))]
+    automaton = build_automaton(words, delimiter="\n", vocab_size=vocab)
+    return Sampler(automaton, StopRules(most), shapes=shapes, forks=list(forks), **options)
+
+
+def random_prompts(count: int, length: int, seed: int = 0) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).integers(1, SIZES["vocab"], (count, length)))
+
+
+class Tunix:
+    """google-tunix's sampler in a process and a virtual environment of its own."""
+
+    def __init__(self) -> None:
+        folder = HERE / ".tunix"
+        python = folder / "bin" / "python"
+        if not python.exists():
+            venv.create(folder, with_pip=True)
+            subprocess.run([python, "-m", "pip", "install", "-q", TUNIX], check=True)
+        self._process = subprocess.Popen(
+            [python, HERE / "tunix_worker.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            text=True,
+        )
+        self.versions = self._answer()
+
+    def contender(self, prompts: list[np.ndarray], new: int) -> Contender:
+        """Draws `new` tokens after each prompt."""
+        ids = [[int(t) for t in prompt] for prompt in prompts]
+
+        def run(seed: int) -> float:
+            case = {"prompts": ids, "new": new, "seed": seed, "sizes": SIZES}
+            print(json.dumps(case), file=self._process.stdin, flush=True)
+            return self._answer()
+
+        return run
+
+    def _answer(self) -> Any:
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("the tunix worker ended; its error is above")
+        return json.loads(line)
+
+
+def transformers_contender(prompts: list[np.ndarray], new: int) -> Contender:
+    """`generate` of transformers' Qwen2 in PyTorch, sampling; its cache is on by default."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=SIZES["vocab"],
+            hidden_size=SIZES["width"],
+            intermediate_size=SIZES["mlp"],
+            num_hidden_layers=SIZES["layers"],
+            num_attention_heads=SIZES["heads"],
+            num_key_value_heads=SIZES["kv_heads"],
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).eval()
+    tokens = torch.tensor(np.stack(prompts))
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": new, "min_new_tokens": new}
+
+    def run(seed: int) -> float:
+        torch.manual_seed(seed)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        seconds = time.perf_counter() - start
+        assert out.shape[1] == tokens.shape[1] + new
+        return seconds
+
+    return run
+
+
+def timed(draw: Callable[[int], Any]) -> Contender:
+    """Seconds of a call that returns when its tokens are on the host."""
+
+    def run(seed: int) -> float:
+        start = time.perf_counter()
+        draw(seed)
+        return time.perf_counter() - start
+
+    return run
+
+
+def base_contender(policy: Policy, prompts: list[np.ndarray], rows: int) -> Contender:
+    """Ours: `rows` rollouts of each prompt."""
+    shape = Shape(len(prompts), rows, len(prompts[0]), NEW)
+    sampler = new_sampler(SIZES["vocab"], NEW, [shape])
+    return timed(lambda seed: sampler.sample(policy, prompts, rows=rows, stream=Stream(seed)))
+
+
+def base_round(policy: Policy, tunix: Tunix, length: int) -> dict[str, Contender]:
+    """A base round: each of a few prompts, several times."""
+    prompts = random_prompts(PROMPTS, length)
+    repeated = [p for p in prompts for _ in range(ROWS)]
+    return {
+        "ours": base_contender(policy, prompts, ROWS),
+        "unshared": base_contender(policy, repeated, 1),
+        "tunix": tunix.contender(repeated, NEW),
+        "transformers": transformers_contender(repeated, NEW),
+    }
+
+
+def reset_round(policy: Policy, tunix: Tunix) -> dict[str, Contender]:
+    """A reset round: every group goes back to another cut of a rollout that has been drawn."""
+    longest = max(CUTS)
+    base = Shape(RESET_GROUPS, RESET_ROWS, LONG, longest)
+    child = Shape(RESET_GROUPS, RESET_ROWS, LONG + longest, RESET_NEW)
+    sampler = new_sampler(SIZES["vocab"], LONG, [base, child], [(base, child)])
+    prompts = random_prompts(RESET_GROUPS, LONG)
+    options = {"rows": RESET_ROWS, "max_new": RESET_NEW}
+    parent = sampler.sample(policy, prompts, rows=RESET_ROWS, stream=Stream(0), max_new=longest)
+
+    def snapshots(seed: int) -> list[Snapshot]:
+        cuts = np.random.default_rng(seed).integers(CUTS[0], CUTS[1] + 1, RESET_GROUPS)
+        return [Snapshot(parent, g, g % RESET_ROWS, LONG + int(c)) for g, c in enumerate(cuts)]
+
+    def resume(seed: int) -> None:
+        sampler.resume(policy, snapshots(seed), stream=Stream(seed, phase=1), **options)
+
+    def prefill_again(seed: int) -> None:
+        states = snapshots(seed)
+        kept = [s.length - LONG for s in states]
+        tokens = [s.tokens for s in states]
+        sampler.sample(policy, tokens, kept=kept, stream=Stream(seed, phase=1), **options)
+
+    rows = [s.tokens for s in snapshots(0) for _ in range(RESET_ROWS)]
+    return {
+        "ours": timed(resume),
+        "reprefill": timed(prefill_again),
+        "tunix": tunix.contender(rows, RESET_NEW),
+    }
+
+
+def long_tail(policy: Policy) -> tuple[dict[str, Contender], dict[str, float]]:
+    """Many rollouts through few slots, whose lengths have a long tail."""
+    groups, slots, most = 128, 64, 512
+    prompts = random_prompts(groups, 64)
+    shape = Shape(groups, ROWS, 64, most)
+    # A random policy draws each token about equally often: a median of 40 tokens until one of these.
+    ends = {"eos_ids": range(1, 10)}
+    tail = new_sampler(SIZES["vocab"], most, [shape], slots=slots, **ends)
+    drawn = tail.sample(policy, prompts, rows=ROWS, stream=Stream(0))
+    lengths, mean = drawn.lengths, round(float(drawn.lengths.mean()))
+    equal = new_sampler(SIZES["vocab"], mean, [shape._replace(suffix=mean)], slots=slots)
+    batches = lengths.reshape(-1, slots)
+    facts = {
+        "rollouts": lengths.size,
+        "median length": float(np.median(lengths)),
+        "longest": int(lengths.max()),
+        "slot utilization": lengths.sum() / drawn.lane_steps,
+        "slot utilization of a static batch": lengths.sum() / (batches.max(1).sum() * slots),
+        "rows that share a prefix when it is read": lengths.sum() / drawn.prefix_reads,
+    }
+    return {
+        "ours": timed(lambda seed: tail.sample(policy, prompts, rows=ROWS, stream=Stream(0))),
+        "equal": timed(lambda seed: equal.sample(policy, prompts, rows=ROWS, stream=Stream(0))),
+    }, facts
+
+
+class Phases:
+    """A step's sampling calls at lengths that are set: nothing ends early, every prompt is reset.
+
+    Args:
+      policy: random.
+      prompts: how many.  prompt, response: their tokens.
+      answer: tokens of the localiser's answer.
+    """
+
+    def __init__(self, policy: Policy, *, prompts: int, prompt: int, response: int, answer: int):
+        self.policy, self.response, vocab = policy, response, policy.config.vocab
+        rng = np.random.default_rng(0)
+        self.prompts = list(rng.integers(1, vocab, (prompts, prompt)))
+        # The question holds the problem and the failed attempt.
+        self.questions = list(rng.integers(1, vocab, (prompts, prompt + response + 40)))
+        whole = Shape(prompts, ROWS, prompt, response)
+        base = whole._replace(rows=ROWS // 2)
+        child = base._replace(prefix=prompt + response)
+        self.sampler = new_sampler(vocab, response, [whole, base], [(base, child), (child, child)])
+        asked = Shape(prompts, 1, prompt + response + 40, answer)
+        self.localizer = new_sampler(vocab, answer, [asked])
+
+    def base(self, seed: int, rows: int) -> Round:
+        """The first round."""
+        return self.sampler.sample(self.policy, self.prompts, rows=rows, stream=Stream(seed))
+
+    def reset(self, parent: Round, seed: int, rung: int) -> tuple[Round, int]:
+        """Localise, then go back to a random place of each group's first row; the tokens drawn."""
+        asked = self.localizer.sample(
+            self.policy, self.questions, rows=1, stream=Stream(seed, phase=1 + 2 * rung)
+        )
+        rng = np.random.default_rng((seed, rung))
+        snapshots = []
+        for group, prefix in enumerate(parent.prefixes):
+            end = len(prefix) + int(parent.lengths[group, 0])
+            cut = int(rng.integers(parent.prompt_lengths[group], end))
+            snapshots.append(Snapshot(parent, group, 0, cut))
+        stream = Stream(seed, phase=2 + 2 * rung)
+        round_ = self.sampler.resume(self.policy, snapshots, rows=ROWS // 2, stream=stream)
+        return round_, int(asked.lengths.sum() + round_.lengths.sum())
+
+    def grpo(self, seed: int) -> float:
+        start = time.perf_counter()
+        self.base(seed, ROWS)
+        return time.perf_counter() - start
+
+    def srpo(self, seed: int) -> float:
+        start = time.perf_counter()
+        self.reset(self.base(seed, ROWS // 2), seed, 0)
+        return time.perf_counter() - start
+
+    def base_per_token(self, seed: int) -> float:
+        start = time.perf_counter()
+        round_ = self.base(seed, ROWS // 2)
+        return (time.perf_counter() - start) / int(round_.lengths.sum())
+
+    def ladder_per_token(self, seed: int) -> float:
+        start = time.perf_counter()
+        round_ = self.base(seed, ROWS // 2)
+        tokens = int(round_.lengths.sum())
+        for rung in range(3):
+            round_, more = self.reset(round_, seed, rung)
+            tokens += more
+        return (time.perf_counter() - start) / tokens
+
+
+def take_turns(contenders: dict[str, Contender], repeats: int) -> dict[str, float]:
+    """Median seconds of each; a first round, which compiles, is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(repeats + 1):
+        for name, run in contenders.items():
+            taken = run(turn)
+            if turn:
+                seconds[name].append(taken)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def base_part(repeats: int) -> dict[str, float]:
+    policy, tunix, ratios = new_policy(), Tunix(), {}
+    for length in (64, LONG):
+        seconds = take_turns(base_round(policy, tunix, length), repeats)
+        ratios |= {f"{name}_p{length}": seconds[name] / seconds["ours"] for name in seconds}
+    seconds = take_turns(reset_round(policy, tunix), repeats)
+    return ratios | {f"reset_{name}_p{LONG}": seconds[name] / seconds["ours"] for name in seconds}
+
+
+def tail_part(repeats: int) -> dict[str, float]:
+    contenders, facts = long_tail(new_policy())
+    seconds = take_turns(contenders, min(repeats, 3))
+    return {"tail_over_equal": seconds["ours"] / seconds["equal"]} | {
+        f"tail: {name}": value for name, value in facts.items()
+    }
+
+
+def phase_ratios(policy: Policy, repeats: int, name: str, **sizes: int) -> dict[str, float]:
+    ratios = {}
+    for answer in (16, 512):
+        phases = Phases(policy, answer=answer, **sizes)
+        seconds = take_turns({"srpo": phases.srpo, "grpo": phases.grpo}, repeats)
+        ratios[f"srpo_over_grpo{name}_a{answer}"] = seconds["srpo"] / seconds["grpo"]
+        if answer == 16:
+            each = {"ladder": phases.ladder_per_token, "base": phases.base_per_token}
+            seconds = take_turns(each, repeats)
+            ratios[f"ladder_over_base{name}"] = seconds["ladder"] / seconds["base"]
+    return ratios
+
+
+def phases_part(repeats: int) -> dict[str, float]:
+    small = new_policy(EMBEDDED)
+    ratios = phase_ratios(small, repeats, "", prompts=32, prompt=13, response=56)
+    return ratios | {"srpo_over_grpo": ratios["srpo_over_grpo_a16"]}
+
+
+def large_part(repeats: int) -> dict[str, float]:
+    large = new_policy(HALF_BILLION)
+    return phase_ratios(large, 1, "_0.5b", prompts=4, prompt=32, response=64)
+
+
+PARTS = {"base": base_part, "tail": tail_part, "phases": phases_part, "large": large_part}
+
+
+def table(ratios: dict[str, float], repeats: int) -> str:
+    """The ratios in Markdown, with what they were measured on."""
+    packages = ("jax", "flax", "transformers", "torch")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    lines = [
+        "| measured | value |",
+        "|---|--:|",
+        *(f"| `{name}` | {value:.2f} |" for name, value in ratios.items() if value != 1),
+        "",
+        f"Medians of {repeats} interleaved turns; {platform.processor() or platform.machine()}, "
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, {versions}, {TUNIX}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="add the ratios to this file")
+    parser.add_argument("--table", type=Path, help="write the table there, as Markdown")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    args = parser.parse_args()
+    ratios = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    for part in args.only:
+        ratios |= PARTS[part](args.repeats)
+        if args.json:
+            args.json.write_text(json.dumps(ratios, indent=1) + "\n")
+    text = table(ratios, args.repeats)
+    print(text)
+    if args.table:
+        args.table.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Draws with google-tunix's sampler, in its own virtual environment; driven by `sampling.py`.
+
+Reads one JSON object a line, a case, and answers with one: the seconds of one call. The first call of
+a case compiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+import time
+from importlib.metadata import version
+
+import jax
+import numpy as np
+from flax import nnx
+from tunix.generate.sampler import CacheConfig, Sampler
+from tunix.models.qwen2.model import ModelConfig, Qwen2
+
+
+class Ids:
+    """A tokenizer whose texts are token ids, so that prompts are exact."""
+
+    def encode(self, text, **_):
+        return [int(t) for t in text.split()]
+
+    def decode(self, ids, **_):
+        return ""
+
+    def bos_id(self):
+        return None
+
+    def eos_id(self):
+        return 0
+
+    def pad_id(self):
+        return 0
+
+    def dedup_bos_ids(self, ids):
+        return ids
+
+
+@functools.cache
+def model(layers, width, heads, kv_heads, mlp, vocab):
+    config = ModelConfig(
+        num_layers=layers,
+        vocab_size=vocab,
+        embed_dim=width,
+        hidden_dim=mlp,
+        num_heads=heads,
+        head_dim=width // heads,
+        num_kv_heads=kv_heads,
+        rope_theta=1_000_000,
+        norm_eps=1e-6,
+        use_tied_embedding=True,
+    )
+    return config, Qwen2(config, rngs=nnx.Rngs(0))
+
+
+@functools.cache
+def sampler(cache_size, **sizes):
+    config, network = model(**sizes)
+    # The exact length: a longer cache would be attended to for nothing.
+    cache = CacheConfig(cache_size, config.num_layers, config.num_kv_heads, config.head_dim)
+    return Sampler(network, Ids(), cache)
+
+
+def run(prompts, new, seed, sizes):
+    """Seconds to draw `new` tokens after each of `prompts`, none of which ends before."""
+    longest = max(map(len, prompts))
+    drawer = sampler(longest + new, **sizes)
+    texts = [" ".join(map(str, p)) for p in prompts]
+    start = time.perf_counter()
+    out = drawer(
+        texts,
+        max_generation_steps=new,
+        max_prompt_length=longest,
+        temperature=1.0,
+        top_p=1.0,
+        eos_tokens=[-1],
+        seed=seed,
+    )
+    seconds = time.perf_counter() - start
+    assert {len(np.asarray(t)) for t in out.tokens} == {new}
+    return seconds
+
+
+def main():
+    """Answers cases until the input ends."""
+    logging.disable(logging.WARNING)
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # whatever a library prints is no answer
+    print(
+        json.dumps({"tunix": version("google-tunix"), "jax": jax.__version__}),
+        file=answers,
+        flush=True,
+    )
+    for line in sys.stdin:
+        print(json.dumps(run(**json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
