@@ -119,7 +119,9 @@ REFUSED = [
     # its keys
     chain("trian.steps=3", "trian: unknown key", "'train'"),
     chain("train.step=3", "train.step: unknown key", "did you mean 'steps'?"),
-    chain("reset.localizer.n=3", "reset.localizer.n: unknown key", "known here: temperature, max_"),
+    chain(
+        "reset.localizer.n=3", "reset.localizer.n: unknown key", "known here: mode, temperature, "
+    ),
     chain("train.steps", "override 'train.steps'", "expected key=value, such as train.steps=10"),
     chain("seed.steps=1", "seed", "valid integer", "got {'steps': 1}"),
     chain("objective.name=grpo", "objective is a value, not a section"),

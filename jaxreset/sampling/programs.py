@@ -31,7 +31,7 @@ class Programs:
 
     Args:
       automaton: the step table.
-      limits, eos_ids: when responses end.
+      limits: when responses end.
       slots: most rows that decode at once; None: all.
       mesh: that the arrays lie on; None: one device.
     """
