@@ -113,7 +113,9 @@ class Sampling(Section):
     max_response_tokens: PositiveInt = 96
     max_steps: PositiveInt = 20
     max_step_tokens: PositiveInt = 16
-    slots: PositiveInt | None = Field(None, description="most rows decoded at once; null: all")
+    slots: PositiveInt | None = Field(
+        None, description="most rows decoded at once; null: 64 on CPU, else all"
+    )
     hold_cache: Literal["auto", "always", "never"] = Field(
         "auto", description="keep caches for resets, or prefill again"
     )

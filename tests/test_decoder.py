@@ -13,6 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 from model_helpers import random_params
 
+from jaxreset.models.attention import causal_attention, shared_prefix_attention
 from jaxreset.models.decoder import KV, DecoderConfig, RopeScaling
 
 WIDE = DecoderConfig(
@@ -136,3 +137,28 @@ def test_gradient_through_a_shared_prefix_equals_the_unshared_one(shape, remats)
                 scale = np.abs(plain).max()
                 assert scale > 0
                 np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize("size", [1, 64, 65, 200, 700])
+def test_causal_attention_in_blocks_equals_that_in_one(size):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(size)
+        n, heads, kv_heads, width = 2, 4, 2, 8
+        query = jnp.asarray(rng.normal(size=(n, size, heads, width)))
+        keys = jnp.asarray(rng.normal(size=(n, kv_heads, width, size)))
+        values = jnp.asarray(rng.normal(size=(n, kv_heads, size, width)))
+        weights = jnp.asarray(rng.normal(size=query.shape))
+
+        def plain(query, keys, values):
+            mask = jnp.tril(jnp.ones((size, size), bool))[None, None]
+            own = query[:, None], keys[:, None], values[:, None]
+            return shared_prefix_attention(*own, mask)[:, 0]
+
+        def with_gradients(attention):
+            def loss(*args):
+                return (attention(*args) * weights).sum()
+
+            return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(query, keys, values)
+
+        ours, theirs = with_gradients(causal_attention), with_gradients(plain)
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), ours, theirs)

@@ -28,7 +28,8 @@ CPU, ACCELERATOR = Costs(8, 2e-3), Costs(256, 2e-3)
 def simulate(wanted, shapes, *, prefix=64, costs=CPU):
     """Draws rows of the lengths `wanted` [N, K]; returns each segment's lanes, rows and steps."""
     lengths, segments = np.zeros_like(wanted), []
-    while batch := next_batch(lengths, lengths < wanted, shapes, prefix=prefix, costs=costs):
+    most = np.full(len(wanted), wanted.max(initial=0))
+    while batch := next_batch(lengths, lengths < wanted, most, shapes, prefix=prefix, costs=costs):
         groups, window = batch.groups[:, None], batch.shape.window
         own = lengths[groups, batch.rows]
         left = np.where(batch.live, np.minimum(wanted[groups, batch.rows], window) - own, 0)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxreset.models.attention import shared_prefix_attention
+from jaxreset.models.attention import causal_attention, shared_prefix_attention
 
 Array = jax.Array
 
@@ -190,16 +190,15 @@ class Decoder(nnx.Module):
           `[N, K, S, E]`; slot t predicts the suffix's t-th token.
         """
         positions = prefix_lengths[:, None, None] + jnp.arange(rows.shape[-1])
-        causal = _causal_mask(rows.shape[-1])
+        causal = jnp.tril(jnp.ones((rows.shape[-1],) * 2, bool))[None, None]
         prefix_positions = jnp.arange(prefix.shape[-1])[None]
-        prefix_causal = _causal_mask(prefix.shape[-1])
 
         def layer(
             carry: tuple[Array, Array], params: nnx.State
         ) -> tuple[tuple[Array, Array], None]:
             shared, own = carry
             block = nnx.merge(graph, params)
-            shared, keys, values = _self_attend(block, shared, prefix_positions, prefix_causal)
+            shared, keys, values = _self_attend(block, shared, prefix_positions)
             query, row_keys, row_values = block.project(own, positions)
             attended = shared_prefix_attention(
                 query, *_slots_inside(row_keys, row_values), causal, keys, values, prefix_lengths
@@ -258,10 +257,10 @@ class Decoder(nnx.Module):
         return nnx.merge(graph, jax.tree.map(lambda p: p[index], stacked))
 
     def _causal(self, tokens: Array) -> tuple[Array, KV]:
-        positions, mask = jnp.arange(tokens.shape[-1])[None], _causal_mask(tokens.shape[-1])
+        positions = jnp.arange(tokens.shape[-1])[None]
 
         def layer(x: Array, params: nnx.State) -> tuple[Array, KV]:
-            x, keys, values = _self_attend(nnx.merge(graph, params), x, positions, mask)
+            x, keys, values = _self_attend(nnx.merge(graph, params), x, positions)
             return x, KV(keys, values)
 
         graph, stacked = nnx.split(self.blocks)
@@ -269,23 +268,16 @@ class Decoder(nnx.Module):
         return self.norm(x), cache
 
 
-def _self_attend(
-    block: Block, x: Array, positions: Array, mask: Array
-) -> tuple[Array, Array, Array]:
+def _self_attend(block: Block, x: Array, positions: Array) -> tuple[Array, Array, Array]:
     """One causal layer over `x` [N, T, E]; right padding can't be seen from before it."""
     query, keys, values = block.project(x, positions)
     keys, values = _slots_inside(keys, values)
-    attended = shared_prefix_attention(query[:, None], keys[:, None], values[:, None], mask)
-    return block.combine(x, attended[:, 0]), keys, values
+    return block.combine(x, causal_attention(query, keys, values)), keys, values
 
 
 def _slots_inside(keys: Array, values: Array) -> tuple[Array, Array]:
     """`[..., slots, G, D]` both -> `[..., G, D, slots]` and `[..., G, slots, D]`."""
     return jnp.moveaxis(keys, -3, -1), jnp.moveaxis(values, -3, -2)
-
-
-def _causal_mask(size: int) -> Array:
-    return jnp.tril(jnp.ones((size, size), bool))[None, None]
 
 
 def _wide(x: Array) -> jnp.dtype:

@@ -20,7 +20,8 @@ class Start(NamedTuple):
 
     prefix_lengths: tokens of the prefix.  last_tokens: its last one.  ids: the prompt's global index.
     first_rows: number of the group's first row among its prompt's rows of this phase.
-    progress: of the response's kept tokens.  used: how many those are.  live: False for padding.
+    progress: of the response's kept tokens.  used: how many those are.
+    most: tokens that a row may draw.  live: False for padding.
     """
 
     prefix_lengths: np.ndarray
@@ -29,6 +30,7 @@ class Start(NamedTuple):
     first_rows: np.ndarray
     progress: Progress
     used: np.ndarray
+    most: np.ndarray
     live: np.ndarray
 
 
@@ -83,6 +85,7 @@ def draw_rows(
     while batch := next_batch(
         state.lengths,
         state.reasons == StopReason.RUNNING,
+        start.most,
         shapes,
         prefix=prefix,
         costs=costs,

@@ -23,7 +23,8 @@ from jaxreset.steps import StepAutomaton
 # Of a decoding step, in times of a row's matrix products. Reading the weights takes as long as the
 # products of so many rows (operations over bytes a second), and reading what one attends to is slower.
 CPU_STEP, ACCELERATOR_STEP = 8.0, 256.0
-ATTENTION_RATE = 4.0
+ATTENTION_RATE = 10.0
+CPU_SLOTS = 64  # more lanes than this make none cheaper there
 
 
 class Programs:
@@ -32,7 +33,7 @@ class Programs:
     Args:
       automaton: the step table.
       limits: when responses end.
-      slots: most rows that decode at once; None: all.
+      slots: most rows that decode at once; None: as many as make a row cheaper.
       mesh: that the arrays lie on; None: one device.
     """
 
@@ -41,12 +42,12 @@ class Programs:
     ):
         self._automaton = jax.device_put(automaton)
         self._limits = limits
-        self._slots = slots
         self._mesh = mesh
         self._rows = None if mesh is None else rows_sharding(mesh)
         self._layout: tuple[nnx.State, nnx.State] | None = None
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         self._on_cpu = device.platform == "cpu"
+        self._slots = CPU_SLOTS if slots is None and self._on_cpu else slots
 
     def prefill(self, policy: Policy, shape: Shape, prefixes: Sequence[np.ndarray]) -> KV:
         """The prefix store of at most N prefixes."""

@@ -32,9 +32,6 @@ HoldCache = Literal["auto", "always", "never"]
 
 NO_LIMIT = 2**30
 HELD_SHARE = 1 / 3  # of a device's memory that a round may hold on to with hold_cache="auto"
-ATTENTION_RATE = (
-    4.0  # reading keys and values once for each row is so much slower than a matrix product
-)
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,8 @@ class Sampler:
       shapes: the sizes to compile for; `sample` takes the smallest that holds its prompts. None: sizes
         are rounded up to powers of two and compiled when first met, for interactive use.
       forks: (parent, child) sizes for `resume`; a parent is one of `shapes` or an earlier child.
-      slots: most rows that decode at once; the others wait for a place. None: all.
+      slots: most rows that decode at once; the others wait for a place. None: 64 on CPU, where more
+        make none cheaper, and all elsewhere.
       hold_cache: whether a round keeps its keys and values, so that `resume` gathers its prefixes.
         "never": it prefills them, once per group. "auto": rounds are held that take at most a third of
         the device's memory.
@@ -340,6 +338,7 @@ class Sampler:
             first_rows=first,
             progress=Progress(state, steps, step_tokens, answered),
             used=used,
+            most=self.stop.max_response - used,
             live=(np.arange(shape.groups) < count) & (used < self.stop.max_response),
         )
 

@@ -62,7 +62,7 @@ def windows(size: int) -> list[int]:
     """Widths of the suffix window, ascending, each half of the next; the last is `size`.
 
     >>> windows(500)
-    [125, 250, 500]
+    [63, 125, 250, 500]
     """
     widths = [size]
     while widths[-1] >= 2 * MIN_WINDOW:
@@ -80,10 +80,10 @@ def lane_shapes(
       slots: most lanes at once, but at least a group on each shard; None: all rows.
       shards: of the group axis; each takes equally many groups.
 
-    >>> [shape[:2] for shape in lane_shapes(4, 8, 128)]
-    [(4, 8), (4, 4), (4, 2)]
-    >>> [shape[:2] for shape in lane_shapes(128, 8, 128, slots=64)]
-    [(8, 8), (32, 2), (32, 1), (16, 1), (8, 1)]
+    >>> [tuple(shape) for shape in lane_shapes(128, 8, 50, slots=64)]
+    [(8, 8, 50)]
+    >>> [tuple(shape) for shape in lane_shapes(4, 8, 100)]
+    [(4, 8, 50), (4, 8, 100), (4, 4, 50), (4, 4, 100), (4, 2, 50), (4, 2, 100)]
     """
     first = groups if slots is None else min(groups, slots // rows)
     first = max(first // shards, 1) * shards
@@ -103,6 +103,7 @@ def lane_shapes(
 def next_batch(
     lengths: np.ndarray,
     running: np.ndarray,
+    most: np.ndarray,
     shapes: list[LaneShape],
     *,
     prefix: int,
@@ -111,10 +112,12 @@ def next_batch(
     """The lanes of the next segment, or None when all rows have ended.
 
     Rows that still fit the narrowest window go first: long ones wait until they are among themselves.
+    So do groups that may still become long, which late resets may not: lanes then end together.
     Of the shapes, the one is taken that costs least for each row that it advances.
 
     Args:
       lengths, running: [N, K] tokens drawn so far, and whether a row goes on.
+      most: [N] tokens that a row of the group may draw.
       shapes: of `lane_shapes`.
       prefix: P, slots of the prefix store.
     """
@@ -122,11 +125,12 @@ def next_batch(
         return None
     window = min(s.window for s in shapes if s.window > lengths[running].min())
     waiting = running & (lengths < window)
+    order = np.argsort(-most, stable=True)
     best = None
     for shape in shapes:
         if shape.window != window:
             continue
-        batch = _fill(waiting, shape)
+        batch = _fill(waiting, order, shape)
         slots = shape.groups * (prefix + shape.rows * window)
         cost = costs.step + shape.groups * shape.rows + slots * costs.slot
         per_row = cost / batch.live.sum()
@@ -135,7 +139,9 @@ def next_batch(
     assert best is not None  # some window is S, which every running row fits
     batch = best[1]
     taken, lanes = int(batch.live.sum()), batch.live.size
-    if taken < waiting.sum():
+    if all((s.groups, s.rows) == batch.live.shape for s in shapes):
+        leave = 0  # nowhere to put the rows that go on
+    elif taken < waiting.sum():
         leave = int(taken * (1 - FREED))
     elif any(s.groups * s.rows < lanes for s in shapes):
         leave = lanes // 2
@@ -145,25 +151,23 @@ def next_batch(
     return batch._replace(leave=max(min(leave, taken - -(-lanes // 16)), 0))
 
 
-def _fill(waiting: np.ndarray, shape: LaneShape) -> Batch:
-    """Rows of `waiting` [N, K] for the lanes of `shape`, in their order; a group may be cut in parts."""
-    n, k = waiting.shape
-    groups, rows = (
-        np.zeros(shape.groups, np.int32),
-        np.zeros((2, shape.groups, shape.rows), np.int32),
+def _fill(waiting: np.ndarray, order: np.ndarray, shape: LaneShape) -> Batch:
+    """Rows of `waiting` [N, K] for the lanes of `shape`; a group may be cut in parts."""
+    m, k = shape.groups, shape.rows
+    if (m, k) == waiting.shape:  # every row in its own place: nothing is moved
+        rows = np.tile(np.arange(k, dtype=np.int32), (m, 1))
+        return Batch(shape, np.arange(m, dtype=np.int32), rows, waiting, 0)
+    parts = [
+        (group, members[first : first + k])
+        for group in order
+        for members in [np.flatnonzero(waiting[group])]
+        for first in range(0, len(members), k)
+    ]
+    batch = Batch(
+        shape, np.zeros(m, np.int32), np.zeros((m, k), np.int32), np.zeros((m, k), bool), 0
     )
-    if (shape.groups, shape.rows) == (n, k):  # every row in its own place: nothing is moved
-        rows[0] = np.arange(k)
-        return Batch(shape, np.arange(n, dtype=np.int32), rows[0], waiting, 0)
-    m = 0
-    for group in np.flatnonzero(waiting.any(1)):
-        members = np.flatnonzero(waiting[group])
-        for first in range(0, len(members), shape.rows):
-            if m == shape.groups:
-                break
-            part = members[first : first + shape.rows]
-            groups[m] = group
-            rows[0, m, : len(part)] = part
-            rows[1, m, : len(part)] = 1
-            m += 1
-    return Batch(shape, groups, rows[0], rows[1].astype(bool), 0)
+    for lane, (group, members) in enumerate(parts[:m]):
+        batch.groups[lane] = group
+        batch.rows[lane, : len(members)] = members
+        batch.live[lane, : len(members)] = True
+    return batch
