@@ -81,6 +81,9 @@ class TaskConfig(Section):
     mistakes: float = Field(0.08, ge=0, lt=1, description="chain: errors in demonstrations")
     solve_prompt: str | None = Field(None, description="math: template file of the prompt")
     localize_prompt: str | None = Field(None, description="math: template file of the question")
+    inline_prompt: str | None = Field(
+        None, description="math: template file of the inline question"
+    )
     processes: PositiveInt = Field(2, description="math: answer-checking processes")
     cpu_seconds: PositiveFloat = Field(5.0, description="math: deadline of one answer")
 
@@ -114,7 +117,7 @@ class Sampling(Section):
     max_steps: PositiveInt = 20
     max_step_tokens: PositiveInt = 16
     slots: PositiveInt | None = Field(
-        None, description="most rows decoded at once; null: 64 on CPU, else all"
+        None, description="most rows decoded at once; null: 32 on CPU, else all"
     )
     hold_cache: Literal["auto", "always", "never"] = Field(
         "auto", description="keep caches for resets, or prefill again"
@@ -133,8 +136,10 @@ class Sampling(Section):
 class Localizer(Section):
     """How the policy is asked for its first wrong step."""
 
-    mode: Literal["generate", "score"] = Field(
-        "generate", description="write an answer, or weigh every possible one in a forward pass"
+    mode: Literal["generate", "inline", "score"] = Field(
+        "generate",
+        description="write an answer to a fresh prompt, or behind the failed rollout itself; or weigh "
+        "every possible answer in a forward pass",
     )
     temperature: NonNegativeFloat | None = Field(
         None, description="null: 0.3, and 0 for layout 1x8 of method=paper"

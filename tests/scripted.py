@@ -13,6 +13,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from jaxreset.groups import Group
+from jaxreset.resets import Failure
 from jaxreset.sampling.rounds import Round, Shape, Snapshot, StopReason, Stream
 from jaxreset.steps import build_automaton, split_steps, token_bytes
 from jaxreset.tasks.base import Problem
@@ -223,21 +224,16 @@ class ScriptedLocalizer:
         self.calls = 0
 
     def __call__(
-        self,
-        policy: Any,
-        questions: Sequence[str],
-        *,
-        steps: Sequence[int],
-        stream: Stream,
-        ids: Sequence[int],
-        first_rows: Sequence[int],
+        self, policy: Any, failures: Sequence[Failure], ends: Sequence[Snapshot]
     ) -> tuple[list[str], int]:
-        assert len(questions) == len(ids) == len(first_rows) == len(steps)
-        assert min(steps) > 0
-        asked = [
-            Question(i, stream.phase, row, text)
-            for i, row, text in zip(ids, first_rows, questions, strict=True)
-        ]
+        asked = []
+        for failure, end in zip(failures, ends, strict=True):
+            _, _, phase, prompt, row = failure.seed
+            text = failure.task.localization(failure.problem, failure.steps)
+            asked.append(Question(prompt, phase, row, text))
+            # The question may go on from there.
+            assert CHAIN_TOKENIZER.eos_token_id not in end.tokens
+            assert decode(end.tokens).rstrip("\n").endswith(failure.steps[-1])
         names = [(q.prompt, q.phase, q.row) for q in (*self.questions, *asked)]
         assert len(set(names)) == len(names), "two questions with the same random numbers"
         self.questions += asked

@@ -166,6 +166,18 @@ def test_localization_question():
         "a3b8c5\n1:a3=3\n2:b8=2\n3:c5=7\n4:\\boxed{7}\n?\n"
     )
     assert TASK.localization(PROBLEMS[0], []) == "a3b8c5\n?\n"
+    assert TASK.inline_localization(PROBLEMS[0], steps) == "?\n"
+
+
+def test_an_inline_demonstration_asks_behind_the_attempt():
+    fresh, inline = (
+        TASK.demonstrate_localization(PROBLEMS[0], np.random.default_rng(0), inline=inline)
+        for inline in (False, True)
+    )
+    assert fresh[1] == inline[1]
+    numbered, steps = fresh[0].splitlines()[1:-1], inline[0].splitlines()[1:-1]
+    assert numbered == [f"{n}:{step}" for n, step in enumerate(steps, 1)]
+    assert inline[0] == "a3b8c5\n" + "".join(f"{step}\n" for step in steps) + "?\n"
 
 
 def solutions(count, task=TASK):

@@ -362,6 +362,16 @@ def test_the_localization_question_numbers_the_steps(task):
         task.localization(Problem("p", "How many?", "417"), [])
 
 
+def test_the_inline_question_stands_behind_the_attempt(task):
+    text = task.inline_localization(Problem("p", "How many?", "417"), ["a", "b", "c"])
+    assert "numbered 1 to 3" in text
+    assert "1 <= N <= 3" in text
+    assert r"\boxed{N}" in text.splitlines()[-1]
+    assert task.delimiter in text  # which ends the steps
+    assert "How many?" not in text
+    assert "417" not in text
+
+
 def test_the_task_does_not_know_the_first_wrong_step(task):
     assert task.first_wrong_step(Problem("p", "?", "1"), ["wrong"]) is None
 
@@ -370,19 +380,28 @@ def test_templates_of_ones_own(tmp_path):
     solve, localize = tmp_path / "solve.txt", tmp_path / "localize.txt"
     solve.write_text("Q: {problem} \\boxed{N} {delimiter}")
     localize.write_text("{count} in {problem}: {steps}")
-    own = MathTask(solve_prompt=solve, localize_prompt=str(localize))
+    inline = tmp_path / "inline.txt"
+    inline.write_text("Which of {count}, {N}?")
+    own = MathTask(solve_prompt=solve, localize_prompt=str(localize), inline_prompt=inline)
     problem = Problem("p", "x?", "1")
     assert own.prompt(problem) == "Q: x? \\boxed{N} </thought>"
     assert own.localization(problem, ["a", "b"]) == "2 in x?: Step 1: a\n\nStep 2: b"
+    assert own.inline_localization(problem, ["a", "b"]) == "Which of 2, {N}?"
 
 
-@pytest.mark.parametrize("argument", ["solve_prompt", "localize_prompt"])
+LACKING = {
+    "solve_prompt": "{problem}",
+    "localize_prompt": "{problem}, {count}",
+    "inline_prompt": "{count}",
+}
+
+
+@pytest.mark.parametrize("argument", LACKING)
 def test_refused_templates(tmp_path, argument):
     with pytest.raises(FileNotFoundError, match=f"{argument}: no such file: .*away.txt"):
         MathTask(**{argument: tmp_path / "away.txt"})
     (tmp_path / "bare.txt").write_text("Solve $problem, {steps}.")
-    lacks = "{problem}" if argument == "solve_prompt" else "{problem}, {count}"
-    with pytest.raises(ValueError, match=f"{argument}: .*bare.txt lacks {lacks};"):
+    with pytest.raises(ValueError, match=f"{argument}: .*bare.txt lacks {LACKING[argument]};"):
         MathTask(**{argument: tmp_path / "bare.txt"})
 
 

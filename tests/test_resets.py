@@ -189,19 +189,34 @@ def test_parse_answer_is_always_a_step_and_the_last_good_box_wins(text, steps):
 QUESTIONS = ["a1?\n", "b2?\n", "a1b2c3?\n", "c3?\n", "d4?\n"]  # 4 tokens each, but for the third
 
 
+NAMES = [(7, 0), (7, 2), (8, 1), (9, 4), (9, 0)]  # prompt and row of the rollouts asked about
+# A task whose question is the first step, so that each test chooses its questions.
+ECHO = SimpleNamespace(localization=lambda problem, steps: steps[0])
+
+
+def failures_of(questions, steps, names):
+    """Failures that `ECHO` asks these questions about."""
+    return [
+        Failure(ECHO, PROBLEMS[0], [question] * count, (3, 5, 1, *name))
+        for question, count, name in zip(questions, steps, names, strict=True)
+    ]
+
+
+def asked_of(ask, policy, questions, steps, names=NAMES):
+    """What a localiser answers to questions of their own; where the responses end doesn't matter."""
+    return ask(policy, failures_of(questions, steps, names), [None] * len(questions))
+
+
 def localize(script, batch):
     """Answers to `QUESTIONS`, the tokens drawn for them, and the sampler's calls."""
     rounds = ScriptedRounds(script)
-    ask = PolicyLocalizer(rounds, batch=batch, prompt_limit=4, temperature=0.3, top_p=0.9)
+    ask = PolicyLocalizer(rounds, batch=batch, question_limit=4, temperature=0.3, top_p=0.9)
     policy = SimpleNamespace(
         tokenizer=CHAIN_TOKENIZER,
         version=0,
         decode=lambda tokens: CHAIN_TOKENIZER.decode(tokens, skip_special_tokens=True),
     )
-    ids, first_rows = [7, 7, 8, 9, 9], [0, 2, 1, 4, 0]
-    answers, tokens = ask(
-        policy, QUESTIONS, steps=[3] * 5, stream=Stream(3, 5, 1), ids=ids, first_rows=first_rows
-    )
+    answers, tokens = asked_of(ask, policy, QUESTIONS, [3] * 5)
     return answers, tokens, rounds.calls
 
 
@@ -219,10 +234,9 @@ def test_policy_localizer_answers_do_not_depend_on_its_batch(batch):
 
 def test_policy_localizer_asks_nothing_when_all_questions_are_too_long():
     rounds = ScriptedRounds({})
-    ask = PolicyLocalizer(rounds, batch=4, prompt_limit=2, temperature=0.0, top_p=1.0)
+    ask = PolicyLocalizer(rounds, batch=4, question_limit=2, temperature=0.0, top_p=1.0)
     policy = SimpleNamespace(tokenizer=CHAIN_TOKENIZER)
-    named = {"stream": Stream(0), "ids": [0, 1, 2], "first_rows": [0, 0, 0]}
-    assert ask(policy, ["a1b2\n"] * 3, steps=[1, 1, 1], **named) == (["", "", ""], 0)
+    assert asked_of(ask, policy, ["a1b2\n"] * 3, [1, 1, 1], NAMES[:3]) == (["", "", ""], 0)
     assert rounds.calls == []
 
 
@@ -240,10 +254,11 @@ def boxed_logps(policy, question, count):
 
 
 def test_scoring_localizer_names_the_step_whose_answer_is_likeliest(policy32):
-    ask = ScoringLocalizer(CHAIN_TOKENIZER, most_steps=12, batch=2, prompt_limit=4, temperature=0.0)
+    ask = ScoringLocalizer(
+        CHAIN_TOKENIZER, most_steps=12, batch=2, question_limit=4, temperature=0.0
+    )
     steps = [3, 12, 5, 1, 12]
-    named = {"stream": Stream(3, 5, 1), "ids": [7, 7, 8, 9, 9], "first_rows": [0, 2, 1, 4, 0]}
-    answers, tokens = ask(policy32, QUESTIONS, steps=steps, **named)
+    answers, tokens = asked_of(ask, policy32, QUESTIONS, steps)
     assert tokens == 0
     assert answers[2] == ""  # too long
     for n in (0, 1, 3, 4):
@@ -255,12 +270,11 @@ def test_scoring_localizer_names_the_step_whose_answer_is_likeliest(policy32):
 def test_scoring_localizer_draws_steps_by_their_answers_probabilities(policy32):
     count, temperature = 4000, 2.0
     ask = ScoringLocalizer(
-        CHAIN_TOKENIZER, most_steps=9, batch=1000, prompt_limit=4, temperature=temperature
+        CHAIN_TOKENIZER, most_steps=9, batch=1000, question_limit=4, temperature=temperature
     )
-    named = {"stream": Stream(0), "ids": range(count), "first_rows": [0] * count}
-    question = [QUESTIONS[0]] * count
-    answers, _ = ask(policy32, question, steps=[6] * count, **named)
-    assert answers == ask(policy32, question, steps=[6] * count, **named)[0]
+    asked = [QUESTIONS[0]] * count, [6] * count, [(i, 0) for i in range(count)]
+    answers, _ = asked_of(ask, policy32, *asked)
+    assert answers == asked_of(ask, policy32, *asked)[0]
     drawn = np.bincount([int(a[7:-1]) for a in answers], minlength=7)[1:]
     logps = boxed_logps(policy32, QUESTIONS[0], 6) / temperature
     expected = np.exp(logps - np.logaddexp.reduce(logps)) * count

@@ -218,6 +218,12 @@ OBJECTIVES = {
     "rrpo-paper": ["objective=rrpo", "method=paper"],
     "srpo-paper-2x4": ["objective=srpo", "method=paper", "reset.layout=2x4"],
     "ladder": ["objective=ladder", "reset.when=any_failure"],
+    "ladder-inline": [
+        "objective=ladder",
+        "reset.when=any_failure",
+        "reset.localizer.mode=inline",
+        "reset.localizer.max_question_tokens=4",
+    ],
     "srpo-scored-not-held": [
         "objective=srpo",
         "reset.localizer.mode=score",

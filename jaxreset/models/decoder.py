@@ -174,6 +174,31 @@ class Decoder(nnx.Module):
         """
         return self._causal(tokens)[1]
 
+    def extend(self, tokens: Array, prefix: KV, prefix_lengths: Array) -> KV:
+        """Keys and values of more tokens of each prefix; what the prefix holds isn't computed again.
+
+        Args:
+          tokens: `[N, Q]` right-padded; the first stands at position `prefix_lengths`.
+          prefix: `[L, N, ...]` with P slots.
+          prefix_lengths: `[N]` int, slots of `prefix` that exist.
+
+        Returns:
+          `[L, N, 1, G, D, Q]` and `[L, N, 1, G, Q, D]`: a suffix store of one row a group.
+        """
+        positions = prefix_lengths[:, None, None] + jnp.arange(tokens.shape[-1])
+        causal = _causal_mask(tokens.shape[-1])
+
+        def layer(x: Array, stacked: tuple[nnx.State, KV]) -> tuple[Array, KV]:
+            params, shared = stacked
+            block = nnx.merge(graph, params)
+            query, keys, values = block.project(x, positions)
+            own = KV(*_slots_inside(keys, values))
+            attended = shared_prefix_attention(query, *own, causal, *shared, prefix_lengths)
+            return block.combine(x, attended), own
+
+        graph, stacked = nnx.split(self.blocks)
+        return jax.lax.scan(layer, self.embed[tokens][:, None], (stacked, prefix))[1]
+
     def suffix_hidden(
         self, prefix: Array, prefix_lengths: Array, rows: Array, *, remat: bool = False
     ) -> Array:
@@ -190,7 +215,7 @@ class Decoder(nnx.Module):
           `[N, K, S, E]`; slot t predicts the suffix's t-th token.
         """
         positions = prefix_lengths[:, None, None] + jnp.arange(rows.shape[-1])
-        causal = jnp.tril(jnp.ones((rows.shape[-1],) * 2, bool))[None, None]
+        causal = _causal_mask(rows.shape[-1])
         prefix_positions = jnp.arange(prefix.shape[-1])[None]
 
         def layer(
@@ -278,6 +303,10 @@ def _self_attend(block: Block, x: Array, positions: Array) -> tuple[Array, Array
 def _slots_inside(keys: Array, values: Array) -> tuple[Array, Array]:
     """`[..., slots, G, D]` both -> `[..., G, D, slots]` and `[..., G, slots, D]`."""
     return jnp.moveaxis(keys, -3, -1), jnp.moveaxis(values, -3, -2)
+
+
+def _causal_mask(size: int) -> Array:
+    return jnp.tril(jnp.ones((size, size), bool))[None, None]
 
 
 def _wide(x: Array) -> jnp.dtype:

@@ -2,6 +2,7 @@
 
     prefill   prompts [N, P]                      ─▶ prefix store: N times P slots
     fork      a round's stores, rows and lengths  ─▶ prefix store: N' times P' slots
+    extend    a prefix store, tokens [N, Q]       ─▶ prefix store with their slots filled
     decode    both stores, lanes [M, K']          ─▶ more tokens a lane, suffix store: N × K times S slots
 
 A prefix of p tokens has p - 1 slots in its store: the last token is fed again by every row, into the
@@ -152,6 +153,30 @@ def fork(
         return KV(jnp.moveaxis(keys, 1, 3), jnp.moveaxis(values, 1, 2))
 
     return _constrain(_by_layer(layer, prefix, suffix), mesh)
+
+
+@partial(jax.jit, static_argnames=("graph", "mesh"))
+def extend(
+    params: nnx.State,
+    prefix: KV,
+    prefix_lengths: Array,
+    tokens: Array,
+    *,
+    graph: nnx.GraphDef,
+    mesh: Mesh | None = None,
+) -> KV:
+    """The prefix store with more tokens behind each prefix; only those run through the network.
+
+    Args:
+      params: the decoder's.
+      prefix: N × P slots, with room for the tokens.
+      prefix_lengths: `[N]` int, tokens of the prefixes.
+      tokens: `[N, Q]` the prefix's last token and those behind it, but for the last; right-padded.
+    """
+    model: Decoder = nnx.merge(graph, params)
+    added = model.extend(tokens, prefix, prefix_lengths - 1)
+    groups, size = jnp.arange(len(tokens)), prefix.keys.shape[-1]
+    return fork(prefix, added, prefix_lengths, groups, jnp.zeros_like(groups), size=size, mesh=mesh)
 
 
 # The prefix is kept as an argument so that the result is committed to its device where the prefix is:

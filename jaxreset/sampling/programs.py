@@ -24,7 +24,7 @@ from jaxreset.steps import StepAutomaton
 # products of so many rows (operations over bytes a second), and reading what one attends to is slower.
 CPU_STEP, ACCELERATOR_STEP = 8.0, 256.0
 ATTENTION_RATE = 10.0
-CPU_SLOTS = 64  # more lanes than this make none cheaper there
+CPU_SLOTS = 32  # more lanes make none cheaper there: their keys and values leave the cache
 
 
 class Programs:
@@ -69,6 +69,24 @@ class Programs:
         chosen = jax.device_put((lengths, groups, rows), self._rows)
         return decoding.fork(*cache, *chosen, size=shape.prefix, mesh=self._mesh)
 
+    def extend(
+        self,
+        policy: Policy,
+        prefix: KV,
+        prefixes: Sequence[np.ndarray],
+        questions: Sequence[np.ndarray],
+        size: int,
+    ) -> KV:
+        """The prefix store with at most `size` tokens put behind each prefix."""
+        groups = prefix.keys.shape[1]
+        lengths, tokens = np.ones(groups, np.int32), np.zeros((groups, size), np.int32)
+        for n, (kept, question) in enumerate(zip(prefixes, questions, strict=True)):
+            lengths[n] = len(kept)
+            tokens[n, : len(question)] = [kept[-1], *question[:-1]]
+        lengths, tokens = jax.device_put((lengths, tokens), self._rows)
+        params = self._laid_out(policy)
+        return decoding.extend(params, prefix, lengths, tokens, graph=policy.graph, mesh=self._mesh)
+
     def draw(
         self, policy: Policy, shape: Shape, prefix: KV, start: Start, draws: Draws
     ) -> tuple[Rows, KV, Spent]:
@@ -76,7 +94,7 @@ class Programs:
         return draw_rows(
             self._decode(policy, prefix, draws),
             start,
-            self._empty_suffix(shape, prefix),
+            self.empty_suffix(shape, prefix),
             self._lane_shapes(shape),
             rows=shape.rows,
             prefix=shape.prefix,
@@ -87,7 +105,7 @@ class Programs:
 
     def compile_draw(self, policy: Policy, shape: Shape, prefix: KV, draws: Draws) -> KV:
         """Compiles all that `draw` may need; returns an empty suffix store."""
-        suffix = self._empty_suffix(shape, prefix)
+        suffix = self.empty_suffix(shape, prefix)
         for lanes in self._lane_shapes(shape):
             _, suffix = self._decode(policy, prefix, draws)(suffix, idle_lanes(lanes), 0, lanes)
         return suffix
@@ -113,7 +131,8 @@ class Programs:
 
         return decode
 
-    def _empty_suffix(self, shape: Shape, prefix: KV) -> KV:
+    def empty_suffix(self, shape: Shape, prefix: KV) -> KV:
+        """A round's suffix store before anything is drawn."""
         return decoding.empty_suffix(prefix, rows=shape.rows, size=shape.suffix, mesh=self._mesh)
 
     def _lane_shapes(self, shape: Shape) -> list[LaneShape]:

@@ -60,8 +60,9 @@ class Sampler:
       shapes: the sizes to compile for; `sample` takes the smallest that holds its prompts. None: sizes
         are rounded up to powers of two and compiled when first met, for interactive use.
       forks: (parent, child) sizes for `resume`; a parent is one of `shapes` or an earlier child.
-      slots: most rows that decode at once; the others wait for a place. None: 64 on CPU, where more
+      slots: most rows that decode at once; the others wait for a place. None: 32 on CPU, where more
         make none cheaper, and all elsewhere.
+      question_tokens: most tokens that `resume` may put behind a snapshot.
       hold_cache: whether a round keeps its keys and values, so that `resume` gathers its prefixes.
         "never": it prefills them, once per group. "auto": rounds are held that take at most a third of
         the device's memory.
@@ -77,6 +78,7 @@ class Sampler:
         shapes: Sequence[Shape] | None = None,
         forks: Sequence[tuple[Shape, Shape]] = (),
         slots: int | None = None,
+        question_tokens: int = 64,
         hold_cache: HoldCache = "auto",
         mesh: Mesh | None = None,
     ):
@@ -85,6 +87,7 @@ class Sampler:
         self.eos_ids = tuple(eos_ids)
         self.shapes = None if shapes is None else sorted(set(shapes))
         self.forks = list(forks)
+        self.question_tokens = question_tokens
         self.hold_cache = hold_cache
         self._shards = 1 if mesh is None else mesh.size
         limits = Limits(
@@ -113,7 +116,8 @@ class Sampler:
           policy: its tokenizer says how texts are spelt in tokens.
           stop: when responses end.
           delimiter, answer_marker, stop_strings: see `steps.build_automaton`.
-          **options: `shapes`, `forks`, `slots`, `hold_cache` and `mesh` of `Sampler`.
+          **options: `shapes`, `forks`, `slots`, `question_tokens`, `hold_cache` and `mesh` of
+            `Sampler`.
 
         Raises:
           ValueError: the vocabulary can't spell the delimiter or the answer marker.
@@ -181,6 +185,7 @@ class Sampler:
         *,
         rows: int,
         stream: Stream,
+        questions: Sequence[Tokens] | None = None,
         first_rows: Sequence[int] | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -189,8 +194,12 @@ class Sampler:
     ) -> Round:
         """Draws `rows` continuations from each snapshot, all of one round.
 
-        Nothing is prefilled where the round holds its cache. The parent round is only read. Arguments,
-        result and errors are `sample`'s; moreover:
+        Nothing is prefilled where the round holds its cache, but for `questions`. The parent round is
+        only read. Arguments, result and errors are `sample`'s; moreover:
+
+        Args:
+          questions: tokens to put behind each snapshot. All before the answer is then the prompt, and
+            rows answer from their first step on.
 
         Raises:
           ValueError: snapshots of several rounds, of weights that have since been updated, or of a
@@ -219,13 +228,21 @@ class Sampler:
         children = None
         if self.shapes is not None:
             children = [child for above, child in self.forks if above == parent.shape]
-        prefixes = [s.tokens for s in snapshots]
+        kept = prefixes = [s.tokens for s in snapshots]
+        prompt_lengths = [int(parent.prompt_lengths[s.group]) for s in snapshots]
+        asked = [np.asarray(q, np.int32) for q in questions or ()]
+        if questions is not None:
+            self._check_questions(asked, len(snapshots))
+            prefixes = [np.concatenate(pair) for pair in zip(kept, asked, strict=True)]
+            prompt_lengths = [len(p) for p in prefixes]
         shape = self._shape(prefixes, rows, children)
         if parent.cache is None:
             cache = self._programs.prefill(policy, shape, prefixes)
         else:
             cache = self._programs.fork(parent.cache, shape, snapshots)
-        prompt_lengths = [int(parent.prompt_lengths[s.group]) for s in snapshots]
+            if asked:
+                size = self.question_tokens
+                cache = self._programs.extend(policy, cache, kept, asked, size)
         ids = [int(parent.ids[s.group]) for s in snapshots]
         return self._draw(policy, shape, cache, prefixes, prompt_lengths, ids, first_rows, draws)
 
@@ -252,10 +269,10 @@ class Sampler:
         length = int(round_.prompt_lengths[group]) + spans[before_step - 1][0]
         return Snapshot(round_, group, row, length)
 
-    def compile(self, policy: Policy) -> None:
+    def compile(self, policy: Policy, *, asks: bool = False) -> None:
         """Compiles all that `sample` and `resume` will need, in `shapes` and `forks`.
 
-        Each program runs once on padding, which ends at once.
+        Each program runs once on padding, which ends at once. `asks`: `resume` gets questions.
         """
         draws = self._draws(Stream(0), 1.0, 1.0, 0, None)
         caches = {}
@@ -264,7 +281,12 @@ class Sampler:
             caches[shape] = prefix, self._programs.compile_draw(policy, shape, prefix, draws)
         for parent, child in self.forks:
             if self._holds(policy, parent):
+                if parent not in caches:  # another sampler draws it
+                    prefix = self._programs.prefill(policy, parent, [])
+                    caches[parent] = prefix, self._programs.empty_suffix(parent, prefix)
                 prefix = self._programs.fork(caches[parent], child, [])
+                if asks:
+                    prefix = self._programs.extend(policy, prefix, [], [], self.question_tokens)
             else:
                 prefix = self._programs.prefill(policy, child, [])
             caches[child] = prefix, self._programs.compile_draw(policy, child, prefix, draws)
@@ -362,6 +384,19 @@ class Sampler:
                 raise ValueError(
                     f"kept: {kept} of prompt {n}, expected 0 to its {len(prompt)} tokens"
                 )
+
+    def _check_questions(self, questions: Sequence[np.ndarray], count: int) -> None:
+        if len(questions) != count:
+            raise ValueError(
+                f"questions: {len(questions)}, expected one for each of {count} snapshots"
+            )
+        lengths = [len(q) for q in questions]
+        if not 1 <= min(lengths) <= max(lengths) <= self.question_tokens:
+            raise ValueError(
+                f"questions: of {min(lengths)} to {max(lengths)} tokens, expected 1 to "
+                f"question_tokens={self.question_tokens}"
+            )
+        self._check(questions, kept=None)
 
     def _draws(
         self, stream: Stream, temperature: float, top_p: float, top_k: int, max_new: int | None

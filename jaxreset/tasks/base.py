@@ -65,6 +65,9 @@ class Task(Protocol):
         """The question which of the `steps` of a failed response is the first wrong one
         (1-based)."""
 
+    def inline_localization(self, problem: Problem, steps: Sequence[str]) -> str:
+        """The same question, put behind the failed response itself."""
+
     def score(self, items: Sequence[tuple[Problem, str]]) -> Scores:
         """Rewards of (problem, response text) pairs, in their order."""
 

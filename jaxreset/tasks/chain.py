@@ -121,6 +121,10 @@ class ChainTask:
         numbered = "".join(f"{n}:{step}\n" for n, step in enumerate(steps, 1))
         return f"{problem.question}\n{numbered}?\n"
 
+    def inline_localization(self, problem: Problem, steps: Sequence[str]) -> str:
+        """A question mark: problem and steps stand before it."""
+        return "?\n"
+
     def score(self, items: Sequence[tuple[Problem, str]]) -> Scores:
         """1 where the last line is the boxed sum, else 0; the lines before it don't count."""
         right = [
@@ -152,7 +156,7 @@ class ChainTask:
         return self.prompt(problem), "".join(f"{s}\n" for s in self.solution(problem, rng=rng))
 
     def demonstrate_localization(
-        self, problem: Problem, rng: np.random.Generator
+        self, problem: Problem, rng: np.random.Generator, *, inline: bool = False
     ) -> tuple[str, str]:
         """A (question, answer) about a solution with at least one mistake."""
         if self.mistakes <= 0:
@@ -166,7 +170,11 @@ class ChainTask:
         wrong = self.first_wrong_step(problem, steps)
         claims = zip(right, steps[:wrong], strict=False)
         checks = "\n".join(f"{should}:{step.rpartition('=')[2]}" for should, step in claims)
-        return self.localization(problem, steps), f"{checks}\\boxed{{{wrong}}}"
+        question = self.localization(problem, steps)
+        if inline:
+            attempt = self.prompt(problem) + "".join(f"{step}\n" for step in steps)
+            question = attempt + self.inline_localization(problem, steps)
+        return question, f"{checks}\\boxed{{{wrong}}}"
 
     def close(self) -> None:
         """Nothing to end."""

@@ -18,6 +18,7 @@ from jaxreset.tasks.workers import RewardWorkers
 
 _SOLVE_FIELDS = ("problem",)
 _LOCALIZE_FIELDS = ("problem", "steps", "count")
+_INLINE_FIELDS = ("count",)
 
 
 class MathTask:
@@ -30,6 +31,7 @@ class MathTask:
         solve_prompt: file to use instead of the shipped `solve.txt`; must contain `{problem}`.
         localize_prompt: file to use instead of `localize.txt`; must contain `{problem}`,
             `{steps}` and `{count}`.
+        inline_prompt: file to use instead of `localize_inline.txt`; must contain `{count}`.
         processes: how many reward workers compare answers.
         cpu_seconds: CPU time that one comparison may take, else it scores 0.
 
@@ -47,12 +49,16 @@ class MathTask:
         *,
         solve_prompt: str | Path | None = None,
         localize_prompt: str | Path | None = None,
+        inline_prompt: str | Path | None = None,
         processes: int = 2,
         cpu_seconds: float = 5.0,
     ):
         self._solve = _template("solve_prompt", solve_prompt, "solve.txt", _SOLVE_FIELDS)
         self._localize = _template(
             "localize_prompt", localize_prompt, "localize.txt", _LOCALIZE_FIELDS
+        )
+        self._inline = _template(
+            "inline_prompt", inline_prompt, "localize_inline.txt", _INLINE_FIELDS
         )
         self._workers = RewardWorkers(
             score_answer, processes=processes, cpu_seconds=cpu_seconds, prepare=prepare_verifier
@@ -85,6 +91,10 @@ class MathTask:
             "count": str(len(steps)),
         }
         return _fill(self._localize, values | {"delimiter": self.delimiter})
+
+    def inline_localization(self, problem: Problem, steps: Sequence[str]) -> str:
+        """The same question behind the failed response, which shows problem and steps already."""
+        return _fill(self._inline, {"count": str(len(steps)), "delimiter": self.delimiter})
 
     def score(self, items: Sequence[tuple[Problem, str]]) -> Scores:
         """Rewards of (problem, response text) pairs; see `RewardWorkers.score` for its errors."""

@@ -147,6 +147,7 @@ def make_task(config: Any) -> Task:
     return MathTask(
         solve_prompt=config.solve_prompt,
         localize_prompt=config.localize_prompt,
+        inline_prompt=config.inline_prompt,
         processes=config.processes,
         cpu_seconds=config.cpu_seconds,
     )

@@ -54,16 +54,9 @@ class Localizer(Protocol):
     """Answers localisation questions; see `localize`."""
 
     def __call__(
-        self,
-        policy: Policy,
-        questions: Sequence[str],
-        *,
-        steps: Sequence[int],
-        stream: Stream,
-        ids: Sequence[int],
-        first_rows: Sequence[int],
+        self, policy: Policy, failures: Sequence[Failure], ends: Sequence[Snapshot]
     ) -> tuple[list[str], int]:
-        """The answers' texts, and the number of tokens sampled for them; `steps` is among how many."""
+        """The answers' texts, and the number of tokens sampled for them; `ends`: of the responses."""
 
     def compile(self, policy: Policy) -> None:
         """Compiles all that a call needs."""
@@ -275,14 +268,8 @@ class _Step:
             about = [members[f.seed] for f in failures]
             if self.to.localizer is None:
                 raise ValueError("reset.rule=self asks the policy; the collector has no localizer")
-            texts, tokens = self.to.localizer(
-                self.policy,
-                [f.task.localization(f.problem, f.steps) for f in failures],
-                steps=[len(f.steps) for f in failures],
-                stream=stream,
-                ids=[self.prompts[n].number for n, _, _ in about],
-                first_rows=[rollout.number for _, rollout, _ in about],
-            )
+            ends = [self.end(rollout) for _, rollout, _ in about]
+            texts, tokens = self.to.localizer(self.policy, failures, ends)
             self.totals["tokens_sampled"] += tokens
             self.totals["tokens/localizer"] += tokens
             for (n, _, place), failure, text in zip(about, failures, texts, strict=True):
@@ -298,6 +285,12 @@ class _Step:
 
         steps = iter(RULES[self.objective.rule](failures, ask))
         return [[next(steps) for _ in failed] for failed in candidates]
+
+    def end(self, rollout: _Rollout) -> Snapshot:
+        """The end of a response, its end-of-sequence token left out."""
+        round_, group, row = rollout.round, rollout.group, rollout.row
+        length = len(round_.prefixes[group]) + int(round_.lengths[group, row])
+        return Snapshot(round_, group, row, length - (round_.reasons[group, row] == StopReason.EOS))
 
     def plan_reset(self, n: int, failed: list[_Rollout], i: int, step: int) -> _Reset:
         seed = failed[i]

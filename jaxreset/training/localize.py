@@ -13,7 +13,8 @@ from flax import nnx
 
 from jaxreset.losses import token_logps
 from jaxreset.models.policy import Policy
-from jaxreset.sampling.rounds import Stream
+from jaxreset.resets import Failure
+from jaxreset.sampling.rounds import Snapshot, Stream
 from jaxreset.sampling.sampler import Sampler
 
 
@@ -31,48 +32,58 @@ class PolicyLocalizer:
     """Generates answers to localisation questions, a batch at a time.
 
     Args:
-      sampler: for one row a prompt; its stop rules bound the answer.
+      sampler: for one row a question; its stop rules bound the answer.
       batch: questions in one call of the sampler.
-      prompt_limit: longest question in tokens; a longer one is not asked and gets an empty answer,
+      question_limit: longest question in tokens; a longer one is not asked and gets an empty answer,
         which parses as step 1.
+      inline: the question goes on from the failed rollout, whose keys and values are read from its
+        round; else it is a prompt of its own, with problem and steps in it.
       temperature, top_p: of the answers.
     """
 
     def __init__(
-        self, sampler: Sampler, *, batch: int, prompt_limit: int, temperature: float, top_p: float
+        self,
+        sampler: Sampler,
+        *,
+        batch: int,
+        question_limit: int,
+        inline: bool = False,
+        temperature: float,
+        top_p: float,
     ):
         self.sampler = sampler
         self.batch = batch
-        self.prompt_limit = prompt_limit
-        self._draw: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+        self.question_limit = question_limit
+        self.inline = inline
+        self._draw: dict[str, Any] = {"rows": 1, "temperature": temperature, "top_p": top_p}
 
     def compile(self, policy: Policy) -> None:
         """Compiles all that a call needs."""
-        self.sampler.compile(policy)
+        self.sampler.compile(policy, asks=self.inline)
 
     def __call__(
-        self,
-        policy: Policy,
-        questions: Sequence[str],
-        *,
-        steps: Sequence[int],
-        stream: Stream,
-        ids: Sequence[int],
-        first_rows: Sequence[int],
+        self, policy: Policy, failures: Sequence[Failure], ends: Sequence[Snapshot]
     ) -> tuple[list[str], int]:
-        """The answer to each question, and the number of tokens drawn in all."""
-        encoded = [encode_question(policy.tokenizer, q) for q in questions]
-        answers, drawn = [""] * len(questions), 0
-        for members in _batches(encoded, self.prompt_limit, self.batch):
-            round_ = self.sampler.sample(
-                policy,
-                [encoded[i] for i in members],
-                rows=1,
-                stream=stream,
-                ids=[ids[i] for i in members],
-                first_rows=[first_rows[i] for i in members],
-                **self._draw,
-            )
+        """The answer about each failure, and the number of tokens drawn in all."""
+        encode = _encode_inline if self.inline else _encode_fresh
+        questions = [encode(policy.tokenizer, failure) for failure in failures]
+        answers, drawn = [""] * len(failures), 0
+        # What one call resumes is of one round.
+        rounds = [id(end.round) if self.inline else 0 for end in ends]
+        for members in _batches(questions, self.question_limit, self.batch, apart=rounds):
+            names = [failures[i].seed for i in members]
+            stream = Stream(*names[0][:3])
+            asked, rows = [questions[i] for i in members], [name[4] for name in names]
+            if self.inline:
+                points = [ends[i] for i in members]
+                round_ = self.sampler.resume(
+                    policy, points, questions=asked, stream=stream, first_rows=rows, **self._draw
+                )
+            else:
+                ids = [name[3] for name in names]
+                round_ = self.sampler.sample(
+                    policy, asked, stream=stream, ids=ids, first_rows=rows, **self._draw
+                )
             drawn += int(round_.lengths.sum())
             for n, i in enumerate(members):
                 answers[i] = policy.decode(round_.suffix(n, 0))
@@ -85,7 +96,7 @@ class ScoringLocalizer:
     Args:
       tokenizer: spells the answers.
       most_steps: most steps that a response may have.
-      batch, prompt_limit: as of `PolicyLocalizer`.
+      batch, question_limit: as of `PolicyLocalizer`.
       temperature: of the choice among the steps, by the probabilities of their answers; 0: the likeliest.
     """
 
@@ -95,11 +106,11 @@ class ScoringLocalizer:
         *,
         most_steps: int,
         batch: int,
-        prompt_limit: int,
+        question_limit: int,
         temperature: float,
     ):
         self.batch = batch
-        self.prompt_limit = prompt_limit
+        self.question_limit = question_limit
         self.temperature = temperature
         texts = [_boxed(n) for n in range(1, most_steps + 1)]
         spelt = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
@@ -113,33 +124,23 @@ class ScoringLocalizer:
         self._score(policy, [])
 
     def __call__(
-        self,
-        policy: Policy,
-        questions: Sequence[str],
-        *,
-        steps: Sequence[int],
-        stream: Stream,
-        ids: Sequence[int],
-        first_rows: Sequence[int],
+        self, policy: Policy, failures: Sequence[Failure], ends: Sequence[Snapshot]
     ) -> tuple[list[str], int]:
-        """The answer to each question; no token is drawn."""
-        encoded = [encode_question(policy.tokenizer, q) for q in questions]
-        answers = [""] * len(questions)
-        for members in _batches(encoded, self.prompt_limit, self.batch):
-            scores = self._score(policy, [encoded[i] for i in members])
+        """The answer about each failure; no token is drawn."""
+        questions = [_encode_fresh(policy.tokenizer, failure) for failure in failures]
+        answers = [""] * len(failures)
+        for members in _batches(questions, self.question_limit, self.batch):
+            scores = self._score(policy, [questions[i] for i in members])
             for logps, i in zip(scores, members, strict=False):
-                logps = np.asarray(logps[: steps[i]], np.float64)
+                logps = np.asarray(logps[: len(failures[i].steps)], np.float64)
                 if self.temperature > 0:
-                    noise = np.random.default_rng((*stream, ids[i], first_rows[i])).gumbel(
-                        size=logps.size
-                    )
-                    logps = logps / self.temperature + noise
+                    logps = logps / self.temperature + failures[i].rng().gumbel(size=logps.size)
                 answers[i] = _boxed(int(logps.argmax()) + 1)
         return answers, 0
 
     def _score(self, policy: Policy, questions: Sequence[np.ndarray]) -> np.ndarray:
         """`[batch, most_steps]` log-probabilities of the answers."""
-        tokens = np.zeros((self.batch, self.prompt_limit), np.int32)
+        tokens = np.zeros((self.batch, self.question_limit), np.int32)
         lengths = np.ones(self.batch, np.int32)
         for n, question in enumerate(questions):
             tokens[n, : len(question)] = question
@@ -184,8 +185,22 @@ def _boxed(step: int) -> str:
     return f"\\boxed{{{step}}}"
 
 
-def _batches(encoded: Sequence[np.ndarray], limit: int, size: int) -> Iterator[list[int]]:
-    """Indices of the questions within the limit, `size` at a time."""
-    short = [i for i, tokens in enumerate(encoded) if len(tokens) <= limit]
-    for first in range(0, len(short), size):
-        yield short[first : first + size]
+def _encode_fresh(tokenizer: Any, failure: Failure) -> np.ndarray:
+    return encode_question(tokenizer, failure.task.localization(failure.problem, failure.steps))
+
+
+def _encode_inline(tokenizer: Any, failure: Failure) -> np.ndarray:
+    """In no chat template: the rollout that it goes on from is raw text."""
+    question = failure.task.inline_localization(failure.problem, failure.steps)
+    return np.asarray(tokenizer.encode(question, add_special_tokens=False), np.int32)
+
+
+def _batches(
+    questions: Sequence[np.ndarray], limit: int, size: int, *, apart: Sequence[int] | None = None
+) -> Iterator[list[int]]:
+    """Indices of the questions within the limit, at most `size` at a time and of one value of `apart`."""
+    apart = [0] * len(questions) if apart is None else apart
+    for value in dict.fromkeys(apart):
+        short = [i for i, q in enumerate(questions) if apart[i] == value and len(q) <= limit]
+        for first in range(0, len(short), size):
+            yield short[first : first + size]

@@ -88,6 +88,7 @@ def _prepare(
             experiment.problems.train,
             config.warm_start,
             seed=config.seed,
+            inline=config.reset.localizer.mode == "inline",
             on_step=display.warm_start_step,
         )
     optimizer = make_optimizer(config.optimizer, config.train.steps)

@@ -76,7 +76,8 @@ def make_plan(config: Config, objective: Objective) -> Plan:
         pack.append(PackShape(groups, rows, prompt + response, response))
     if o.rule == "self":
         ask = config.reset.localizer
-        localize = Shape(prompts, 1, ask.max_question_tokens, ask.max_tokens)
+        attempt = prompt + response if ask.mode == "inline" else 0
+        localize = Shape(prompts, 1, attempt + ask.max_question_tokens, ask.max_tokens)
     return Plan(
         base=tuple(base),
         forks=tuple(forks),
@@ -171,7 +172,7 @@ def _make_experiment(config: Config) -> Experiment:
         sampler,
         task,
         policy.decode,
-        None if plan.localize is None else _localizer(config, plan.localize, task, policy, spread),
+        None if plan.localize is None else _localizer(config, plan, task, policy, spread),
         draw={"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k},
     )
     assert config.loss.aggregation is not None  # resolved
@@ -192,11 +193,12 @@ def _make_experiment(config: Config) -> Experiment:
 
 
 def _localizer(
-    config: Config, shape: Shape, task: Task, policy: Policy, mesh: jax.sharding.Mesh | None
+    config: Config, plan: Plan, task: Task, policy: Policy, mesh: jax.sharding.Mesh | None
 ) -> Localizer:
-    ask = config.reset.localizer
+    ask, shape = config.reset.localizer, plan.localize
     assert ask.temperature is not None  # resolved
-    limits = {"batch": shape.groups, "prompt_limit": shape.prefix}
+    assert shape is not None
+    limits = {"batch": shape.groups, "question_limit": ask.max_question_tokens}
     if ask.mode == "score":
         return ScoringLocalizer(
             policy.tokenizer,
@@ -204,16 +206,24 @@ def _localizer(
             temperature=ask.temperature,
             **limits,
         )
+    inline = ask.mode == "inline"
+    failed = sorted({parent for parent, _ in plan.forks})  # rounds whose rollouts are asked about
     sampler = Sampler.for_policy(
         policy,
         StopRules(ask.max_tokens),
         delimiter=task.delimiter,
-        shapes=[shape],
-        hold_cache="never",
+        shapes=[] if inline else [shape],
+        forks=[(drawn, shape) for drawn in failed] if inline else [],
+        question_tokens=ask.max_question_tokens,
+        hold_cache=config.sampling.hold_cache if inline else "never",
         mesh=mesh,
     )
     return PolicyLocalizer(
-        sampler, temperature=ask.temperature, top_p=config.sampling.top_p, **limits
+        sampler,
+        inline=inline,
+        temperature=ask.temperature,
+        top_p=config.sampling.top_p,
+        **limits,
     )
 
 

@@ -46,7 +46,13 @@ class Demonstrations(NamedTuple):
 
 
 def demonstrations(
-    task: ChainTask, problems: Sequence[Problem], tokenizer: Any, config: WarmStart, *, seed: int
+    task: ChainTask,
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    config: WarmStart,
+    *,
+    seed: int,
+    inline: bool = False,
 ) -> Iterator[tuple[Demonstrations, ...]]:
     """What each step learns from: solutions, and later as many localisations beside them.
 
@@ -73,7 +79,7 @@ def demonstrations(
         else:
             yield (
                 draw(task.demonstrate_solution, half),
-                draw(task.demonstrate_localization, half),
+                draw(partial(task.demonstrate_localization, inline=inline), half),
             )
 
 
@@ -140,13 +146,17 @@ def warm_start(
     config: WarmStart,
     *,
     seed: int,
+    inline: bool = False,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Policy:
-    """Trains on demonstrations; `on_step(step, loss)` is called now and then. Consumes `policy`."""
+    """Trains on demonstrations; `on_step(step, loss)` is called now and then. Consumes `policy`.
+
+    `inline`: localisations stand behind the attempt that they are about.
+    """
     optimizer = make_warm_start_optimizer(config)
     params, opt_state = policy.params, jax.jit(optimizer.init)(policy.params)
     for step, batches in enumerate(
-        demonstrations(task, problems, policy.tokenizer, config, seed=seed), 1
+        demonstrations(task, problems, policy.tokenizer, config, seed=seed, inline=inline), 1
     ):
         params, opt_state, loss = supervised_step(
             params, opt_state, batches, graph=policy.graph, optimizer=optimizer
