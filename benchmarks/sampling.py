@@ -41,6 +41,7 @@ PROMPTS, ROWS, NEW = 4, 8, 128
 RESET_GROUPS, RESET_ROWS, RESET_NEW = 8, 4, 32
 CUTS = 40, 96
 LONG = 512
+QUESTION = 40  # tokens of a localiser's question, besides problem and attempt
 
 Contender = Callable[[int], float]  # a seed -> seconds
 
@@ -235,36 +236,59 @@ class Phases:
       policy: random.
       prompts: how many.  prompt, response: their tokens.
       answer: tokens of the localiser's answer.
+      inline: the question goes on from the failed attempt, else it is a prompt of its own.
     """
 
-    def __init__(self, policy: Policy, *, prompts: int, prompt: int, response: int, answer: int):
-        self.policy, self.response, vocab = policy, response, policy.config.vocab
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        prompts: int,
+        prompt: int,
+        response: int,
+        answer: int,
+        inline: bool = False,
+    ):
+        self.policy, self.inline, vocab = policy, inline, policy.config.vocab
         rng = np.random.default_rng(0)
         self.prompts = list(rng.integers(1, vocab, (prompts, prompt)))
-        # The question holds the problem and the failed attempt.
-        self.questions = list(rng.integers(1, vocab, (prompts, prompt + response + 40)))
+        # A question of its own holds the problem and the failed attempt too.
+        attempt = prompt + response
+        size = QUESTION if inline else attempt + QUESTION
+        self.questions = list(rng.integers(1, vocab, (prompts, size)))
         whole = Shape(prompts, ROWS, prompt, response)
         base = whole._replace(rows=ROWS // 2)
-        child = base._replace(prefix=prompt + response)
+        child = base._replace(prefix=attempt)
         self.sampler = new_sampler(vocab, response, [whole, base], [(base, child), (child, child)])
-        asked = Shape(prompts, 1, prompt + response + 40, answer)
-        self.localizer = new_sampler(vocab, answer, [asked])
+        asked = Shape(prompts, 1, attempt + QUESTION, answer)
+        forks = [(base, asked), (child, asked)] if inline else []
+        shapes = [] if inline else [asked]
+        self.localizer = new_sampler(vocab, answer, shapes, forks, question_tokens=QUESTION)
 
     def base(self, seed: int, rows: int) -> Round:
         """The first round."""
         return self.sampler.sample(self.policy, self.prompts, rows=rows, stream=Stream(seed))
 
+    def localize(self, ends: list[Snapshot], stream: Stream) -> Round:
+        """An answer about each attempt."""
+        if self.inline:
+            return self.localizer.resume(
+                self.policy, ends, questions=self.questions, rows=1, stream=stream
+            )
+        return self.localizer.sample(self.policy, self.questions, rows=1, stream=stream)
+
     def reset(self, parent: Round, seed: int, rung: int) -> tuple[Round, int]:
         """Localise, then go back to a random place of each group's first row; the tokens drawn."""
-        asked = self.localizer.sample(
-            self.policy, self.questions, rows=1, stream=Stream(seed, phase=1 + 2 * rung)
-        )
+        ends = [
+            Snapshot(parent, group, 0, len(prefix) + int(parent.lengths[group, 0]))
+            for group, prefix in enumerate(parent.prefixes)
+        ]
+        asked = self.localize(ends, Stream(seed, phase=1 + 2 * rung))
         rng = np.random.default_rng((seed, rung))
-        snapshots = []
-        for group, prefix in enumerate(parent.prefixes):
-            end = len(prefix) + int(parent.lengths[group, 0])
-            cut = int(rng.integers(parent.prompt_lengths[group], end))
-            snapshots.append(Snapshot(parent, group, 0, cut))
+        snapshots = [
+            end._replace(length=int(rng.integers(parent.prompt_lengths[end.group], end.length)))
+            for end in ends
+        ]
         stream = Stream(seed, phase=2 + 2 * rung)
         round_ = self.sampler.resume(self.policy, snapshots, rows=ROWS // 2, stream=stream)
         return round_, int(asked.lengths.sum() + round_.lengths.sum())
@@ -323,25 +347,44 @@ def tail_part(repeats: int) -> dict[str, float]:
 
 
 def phase_ratios(policy: Policy, repeats: int, name: str, **sizes: int) -> dict[str, float]:
-    ratios = {}
-    for answer in (16, 512):
-        phases = Phases(policy, answer=answer, **sizes)
-        seconds = take_turns({"srpo": phases.srpo, "grpo": phases.grpo}, repeats)
-        ratios[f"srpo_over_grpo{name}_a{answer}"] = seconds["srpo"] / seconds["grpo"]
-        if answer == 16:
-            each = {"ladder": phases.ladder_per_token, "base": phases.base_per_token}
-            seconds = take_turns(each, repeats)
-            ratios[f"ladder_over_base{name}"] = seconds["ladder"] / seconds["base"]
-    return ratios
+    """SRPO's and the ladder's sampling, by the localiser's kind and the length of its answers."""
+    short, inline, long = (
+        Phases(policy, answer=answer, inline=inline, **sizes)
+        for answer, inline in ((16, False), (16, True), (512, False))
+    )
+    seconds = take_turns(
+        {
+            "grpo": short.grpo,
+            "a16": short.srpo,
+            "inline_a16": inline.srpo,
+            "a512": long.srpo,
+        },
+        repeats,
+    )
+    grpo = seconds.pop("grpo")
+    ratios = {f"srpo_over_grpo{name}_{kind}": value / grpo for kind, value in seconds.items()}
+    seconds = take_turns(
+        {
+            "base": short.base_per_token,
+            "ladder": short.ladder_per_token,
+            "ladder_inline": inline.ladder_per_token,
+        },
+        repeats,
+    )
+    base = seconds.pop("base")
+    return ratios | {f"{kind}_over_base{name}": value / base for kind, value in seconds.items()}
 
 
 def phases_part(repeats: int) -> dict[str, float]:
+    """The embedded task's sizes, at its own lengths and at long ones."""
     small = new_policy(EMBEDDED)
     ratios = phase_ratios(small, repeats, "", prompts=32, prompt=13, response=56)
+    ratios |= phase_ratios(small, min(repeats, 3), "_r512", prompts=32, prompt=13, response=LONG)
     return ratios | {"srpo_over_grpo": ratios["srpo_over_grpo_a16"]}
 
 
 def large_part(repeats: int) -> dict[str, float]:
+    """A model of half a billion parameters; one turn takes long."""
     large = new_policy(HALF_BILLION)
     return phase_ratios(large, 1, "_0.5b", prompts=4, prompt=32, response=64)
 
