@@ -15,6 +15,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 import venv
 from collections.abc import Callable
@@ -41,6 +42,7 @@ PROMPTS, ROWS, NEW = 4, 8, 128
 RESET_GROUPS, RESET_ROWS, RESET_NEW = 8, 4, 32
 CUTS = 40, 96
 LONG = 512
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 QUESTION = 40  # tokens of a localiser's question, besides problem and attempt
 
 Contender = Callable[[int], float]  # a seed -> seconds
@@ -333,9 +335,11 @@ def base_part(repeats: int) -> dict[str, float]:
     policy, tunix, ratios = new_policy(), Tunix(), {}
     for length in (64, LONG):
         seconds = take_turns(base_round(policy, tunix, length), repeats)
-        ratios |= {f"{name}_p{length}": seconds[name] / seconds["ours"] for name in seconds}
+        ours = seconds.pop("ours")
+        ratios |= {f"{name}_p{length}": value / ours for name, value in seconds.items()}
     seconds = take_turns(reset_round(policy, tunix), repeats)
-    return ratios | {f"reset_{name}_p{LONG}": seconds[name] / seconds["ours"] for name in seconds}
+    ours = seconds.pop("ours")
+    return ratios | {f"reset_{name}_p{LONG}": value / ours for name, value in seconds.items()}
 
 
 def tail_part(repeats: int) -> dict[str, float]:
@@ -352,35 +356,23 @@ def phase_ratios(policy: Policy, repeats: int, name: str, **sizes: int) -> dict[
         Phases(policy, answer=answer, inline=inline, **sizes)
         for answer, inline in ((16, False), (16, True), (512, False))
     )
-    seconds = take_turns(
-        {
-            "grpo": short.grpo,
-            "a16": short.srpo,
-            "inline_a16": inline.srpo,
-            "a512": long.srpo,
-        },
-        repeats,
-    )
-    grpo = seconds.pop("grpo")
-    ratios = {f"srpo_over_grpo{name}_{kind}": value / grpo for kind, value in seconds.items()}
-    seconds = take_turns(
-        {
-            "base": short.base_per_token,
-            "ladder": short.ladder_per_token,
-            "ladder_inline": inline.ladder_per_token,
-        },
-        repeats,
-    )
-    base = seconds.pop("base")
-    return ratios | {f"{kind}_over_base{name}": value / base for kind, value in seconds.items()}
+    srpo = {"": short.srpo, "_inline": inline.srpo, "_a512": long.srpo}
+    seconds = take_turns(srpo | {"grpo": short.grpo}, repeats)
+    ratios = {f"srpo_over_grpo{name}{kind}": seconds[kind] / seconds["grpo"] for kind in srpo}
+    ladder = {"": short.ladder_per_token, "_inline": inline.ladder_per_token}
+    seconds = take_turns(ladder | {"base": short.base_per_token}, repeats)
+    return ratios | {
+        f"ladder_over_base{name}{kind}": seconds[kind] / seconds["base"] for kind in ladder
+    }
 
 
 def phases_part(repeats: int) -> dict[str, float]:
     """The embedded task's sizes, at its own lengths and at long ones."""
     small = new_policy(EMBEDDED)
     ratios = phase_ratios(small, repeats, "", prompts=32, prompt=13, response=56)
-    ratios |= phase_ratios(small, min(repeats, 3), "_r512", prompts=32, prompt=13, response=LONG)
-    return ratios | {"srpo_over_grpo": ratios["srpo_over_grpo_a16"]}
+    return ratios | phase_ratios(
+        small, min(repeats, 3), "_r512", prompts=32, prompt=13, response=LONG
+    )
 
 
 def large_part(repeats: int) -> dict[str, float]:
@@ -392,6 +384,24 @@ def large_part(repeats: int) -> dict[str, float]:
 PARTS = {"base": base_part, "tail": tail_part, "phases": phases_part, "large": large_part}
 
 
+HEADER = """# Sampling, measured
+
+Written by `python benchmarks/sampling.py --table FILE`, which says what each contender draws.
+
+- `X_pN`: how many times faster our round is than X's at prompts of N tokens: 4 layers, 256 wide, 8 heads,
+  4 key-value heads, vocabulary 512, float32, 4 prompts × 8 rows of 128 tokens. `unshared` is ours without
+  shared prefixes.
+- `reset_X_pN`: the same of a reset round: 8 groups of 4 rows, cut after 40 to 96 tokens, 32 new ones.
+- `tail_over_equal`: a token's cost in 1,024 rollouts of very unlike lengths through 64 slots, over that at
+  equal lengths.
+- `srpo_over_grpo`: the cost of SRPO's sampling (base, localise, reset) over that of GRPO's one round, with
+  answers of 16 tokens; `_inline` where the question stands behind the attempt, `_a512` with answers of 512
+  tokens. 32 prompts × 8 rows on the embedded task's model, responses of 56 tokens; `_r512`: of 512.
+- `ladder_over_base`: a token's cost in a ladder of three rungs, over that in the base round.
+
+"""
+
+
 def table(ratios: dict[str, float], repeats: int) -> str:
     """The ratios in Markdown, with what they were measured on."""
     packages = ("jax", "flax", "transformers", "torch")
@@ -399,12 +409,12 @@ def table(ratios: dict[str, float], repeats: int) -> str:
     lines = [
         "| measured | value |",
         "|---|--:|",
-        *(f"| `{name}` | {value:.2f} |" for name, value in ratios.items() if value != 1),
+        *(f"| `{name}` | {value:.2f} |" for name, value in ratios.items()),
         "",
         f"Medians of {repeats} interleaved turns; {platform.processor() or platform.machine()}, "
         f"{os.cpu_count()} cores, Python {platform.python_version()}, {versions}, {TUNIX}.",
     ]
-    return "\n".join(lines) + "\n"
+    return HEADER + "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -414,6 +424,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args()
+    if "GLIBC_TUNABLES" not in os.environ:  # large memory pages, for every contender
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | LARGE_PAGES)
     ratios = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     for part in args.only:
         ratios |= PARTS[part](args.repeats)

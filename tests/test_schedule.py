@@ -22,18 +22,23 @@ from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes, next_batch
 from jaxreset.steps import build_automaton
 from jaxreset.training.compiles import compiles
 
-CPU, ACCELERATOR = Costs(8, 2e-3), Costs(256, 2e-3)
+CPU, ACCELERATOR = Costs(8, 1e-2), Costs(256, 1e-2)
 
 
-def simulate(wanted, shapes, *, prefix=64, costs=CPU):
-    """Draws rows of the lengths `wanted` [N, K]; returns each segment's lanes, rows and steps."""
+def simulate(wanted, shapes, *, prefixes=None, costs=CPU):
+    """Draws rows of the lengths `wanted` [N, K]; returns each segment's lanes, rows and steps.
+
+    `prefixes`: [N] tokens of the prefixes.
+    """
+    prefixes = np.full(len(wanted), 64) if prefixes is None else prefixes
     lengths, segments = np.zeros_like(wanted), []
     most = np.full(len(wanted), wanted.max(initial=0))
-    while batch := next_batch(lengths, lengths < wanted, most, shapes, prefix=prefix, costs=costs):
+    while batch := next_batch(lengths, lengths < wanted, most, prefixes, shapes, costs=costs):
         groups, window = batch.groups[:, None], batch.shape.window
         own = lengths[groups, batch.rows]
         left = np.where(batch.live, np.minimum(wanted[groups, batch.rows], window) - own, 0)
         assert (left[batch.live] > 0).all()
+        assert (prefixes[groups] - 1 <= batch.shape.prefix)[batch.live.any(1)].all()
         cells = np.stack(np.broadcast_arrays(groups, batch.rows), -1)[batch.live]
         assert len(np.unique(cells, axis=0)) == len(cells)  # no row twice
         # The segment ends with the step after which at most `leave` lanes can go on.
@@ -49,26 +54,39 @@ def simulate(wanted, shapes, *, prefix=64, costs=CPU):
 @given(st.data())
 def test_every_row_is_drawn_to_its_end_in_the_shapes_that_were_compiled(data):
     groups, rows = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 9))
-    size = data.draw(st.integers(1, 400))
+    size, prefix = data.draw(st.integers(1, 400)), data.draw(st.integers(1, 600))
     slots = data.draw(st.none() | st.integers(1, 80))
     shards = data.draw(st.sampled_from([1, 2, 4]))
     groups = -(-groups // shards) * shards
     seed = data.draw(st.integers(0, 2**32 - 1))
-    wanted = np.random.default_rng(seed).integers(0, size + 1, (groups, rows))
-    shapes = lane_shapes(groups, rows, size, slots=slots, shards=shards)
+    rng = np.random.default_rng(seed)
+    wanted = rng.integers(0, size + 1, (groups, rows))
+    prefixes = rng.integers(1, prefix + 1, groups)
+    shapes = lane_shapes(groups, rows, prefix, size, slots=slots, shards=shards)
     assert all(shape.groups % shards == 0 for shape in shapes)
     if slots is not None:
         most = max(slots, rows * shards, 2 * shards)
         assert all(shape.groups * shape.rows <= most for shape in shapes)
-    simulate(wanted, shapes)
+    simulate(wanted, shapes, prefixes=prefixes)
 
 
 def test_the_widest_window_is_the_whole_suffix():
     for size in (1, 64, 127, 128, 500, 4096):
-        widths = windows(size)
+        widths = windows(size, least=32)
         assert widths[-1] == size
         assert widths == sorted(set(widths))
-        assert widths[0] >= min(size, schedule.MIN_WINDOW)
+        assert widths[0] >= min(size, 32)
+
+
+def test_groups_of_short_prefixes_decode_apart_from_those_of_long_ones():
+    rng = np.random.default_rng(0)
+    kept = rng.integers(0, 512, 32)
+    shapes = lane_shapes(32, 4, 600, 512, slots=32)
+    wanted = np.repeat(512 - kept, 4).reshape(32, 4)
+    segments = simulate(wanted, shapes, prefixes=kept + 88)
+    read = sum(steps * batch.shape.groups * batch.shape.prefix for batch, steps in segments)
+    steps = sum(steps * batch.shape.groups for batch, steps in segments)
+    assert read / steps < 0.85 * 600  # of what all would read that decode side by side
 
 
 def long_tail(rng, shape, *, median=40, most=512):
@@ -77,7 +95,7 @@ def long_tail(rng, shape, *, median=40, most=512):
 
 def test_few_lanes_idle_although_lengths_have_a_long_tail():
     wanted = long_tail(np.random.default_rng(0), (128, 8))
-    segments = simulate(wanted, lane_shapes(128, 8, 512, slots=64))
+    segments = simulate(wanted, lane_shapes(128, 8, 64, 512, slots=64))
     spent = sum(steps * batch.live.size for batch, steps in segments)
     assert wanted.sum() / spent > 0.8
     # A batch that is never changed waits for the longest of its 64 rows.
@@ -88,7 +106,7 @@ def test_few_lanes_idle_although_lengths_have_a_long_tail():
 @pytest.mark.parametrize("costs", [CPU, ACCELERATOR], ids=["cpu", "accelerator"])
 def test_a_batch_of_all_rows_shrinks_as_they_end(costs):
     wanted = long_tail(np.random.default_rng(1), (32, 8))
-    segments = simulate(wanted, lane_shapes(32, 8, 512), costs=costs)
+    segments = simulate(wanted, lane_shapes(32, 8, 64, 512), costs=costs)
     lanes = [batch.live.size for batch, _ in segments]
     assert lanes[0] == 256
     assert lanes[-1] <= 16
@@ -138,11 +156,13 @@ def test_segments_change_no_token(policies, make_sampler, monkeypatch, dtype, sl
         for seed in range(6):
             draw = {"temperature": [0.0, 1.0, 0.7][seed % 3]}
             monkeypatch.setattr(schedule, "MIN_WINDOW", 64)
+            monkeypatch.setattr(schedule, "MIN_PREFIX", 64)
             expected = rounds(plain)
             for r in expected:  # all lanes, until the longest row ends
                 assert r.lane_steps == r.lengths.max() * r.shape.groups * r.shape.rows
             monkeypatch.setattr(schedule, "MIN_WINDOW", 16)  # windows of 16 and 32 slots
             monkeypatch.setattr(schedule, "MIN_LANES", 2)
+            monkeypatch.setattr(schedule, "MIN_PREFIX", 16)  # 22 and 44 slots of a prefix
             for ours, theirs in zip(rounds(segmented), expected, strict=True):
                 assert_rounds_equal(ours, theirs, atol=atol)
                 assert ours.lane_steps < theirs.lane_steps
@@ -192,13 +212,14 @@ def small_round(prefix, size, rows):
         params,
         store(slots=prefix),
         store(rows, slots=size),
-        idle_lanes(LaneShape(groups, rows, size)),
+        idle_lanes(LaneShape(groups, rows, size, prefix)),
         automaton,
         Limits(i32, i32, i32, i32, np.zeros(1, np.int32)),
         Draws(f32, f32, i32, i32, *np.zeros((3, 1), np.uint32)[:, 0]),
         i32,
         graph=graph,
         window=size,
+        prefix_window=prefix,
     )
     return lowered.compile().memory_analysis()
 

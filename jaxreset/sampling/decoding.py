@@ -194,7 +194,11 @@ def empty_suffix(prefix: KV, *, rows: int, size: int, mesh: Mesh | None = None) 
     return _constrain(KV(keys, values), mesh)
 
 
-@partial(jax.jit, static_argnames=("graph", "window", "mesh"), donate_argnames="suffix")
+@partial(
+    jax.jit,
+    static_argnames=("graph", "window", "prefix_window", "mesh"),
+    donate_argnames="suffix",
+)
 def decode(
     params: nnx.State,
     prefix: KV,
@@ -207,6 +211,7 @@ def decode(
     *,
     graph: nnx.GraphDef,
     window: int,
+    prefix_window: int,
     mesh: Mesh | None = None,
 ) -> tuple[Drawn, KV]:
     """Advances lanes until at most `leave` of them can go on; the others have ended or filled the window.
@@ -217,6 +222,7 @@ def decode(
       lanes: M groups of K'. As many as the round has rows are those rows, each in its own place.
       automaton, limits, draws: when rows end, and how tokens are drawn.
       window: W, slots of a row that are attended to; no live lane has more than W tokens.
+      prefix_window: slots of a prefix that are attended to; no live lane's prefix has more.
       mesh: that the stores lie on.
 
     Returns:
@@ -300,10 +306,11 @@ def decode(
         reasons=jnp.where(lanes.live, StopReason.RUNNING, StopReason.LENGTH),
         steps=jnp.int32(0),
     )
+    shared = _window(prefix, prefix_window)
     if in_place:
-        shared, own = prefix, _window(suffix, window)
+        own = _window(suffix, window)
     else:
-        shared = jax.tree.map(lambda store: store[:, lanes.groups], prefix)
+        shared = jax.tree.map(lambda store: store[:, lanes.groups], shared)
         own = _load(suffix, lanes, window)
     drawn, own = jax.lax.while_loop(going_on, step, (start, own))
     if in_place and window == size:

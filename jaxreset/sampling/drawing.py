@@ -63,7 +63,6 @@ def draw_rows(
     shapes: list[LaneShape],
     *,
     rows: int,
-    prefix: int,
     size: int,
     costs: Costs,
     dtype: np.dtype,
@@ -74,7 +73,7 @@ def draw_rows(
       decode: `decoding.decode` with all but its store, lanes, `leave` and sizes.
       start: of the round's groups.
       suffix: the round's empty store; used up.
-      shapes, prefix, costs: see `schedule.next_batch`.
+      shapes, costs: see `schedule.next_batch`.
       rows, size: K and S.
       dtype: of log-probabilities.
 
@@ -86,8 +85,8 @@ def draw_rows(
         state.lengths,
         state.reasons == StopReason.RUNNING,
         start.most,
+        start.prefix_lengths,
         shapes,
-        prefix=prefix,
         costs=costs,
     ):
         drawn, suffix = decode(suffix, _lanes(start, state, batch), batch.leave, batch.shape)

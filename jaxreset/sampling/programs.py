@@ -97,7 +97,6 @@ class Programs:
             self.empty_suffix(shape, prefix),
             self._lane_shapes(shape),
             rows=shape.rows,
-            prefix=shape.prefix,
             size=shape.suffix,
             costs=self._costs(policy.config),
             dtype=np.dtype(jnp.promote_types(policy.config.dtype, jnp.float32)),
@@ -126,6 +125,7 @@ class Programs:
                 np.int32(leave),
                 graph=policy.graph,
                 window=shape.window,
+                prefix_window=shape.prefix,
                 mesh=self._mesh,
             )
 
@@ -137,7 +137,7 @@ class Programs:
 
     def _lane_shapes(self, shape: Shape) -> list[LaneShape]:
         shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        return lane_shapes(shape.groups, shape.rows, shape.suffix, slots=self._slots, shards=shards)
+        return lane_shapes(*shape, slots=self._slots, shards=shards)
 
     def _costs(self, model: DecoderConfig) -> Costs:
         attention = 2 * model.heads * model.head_dim

@@ -17,7 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 MIN_WINDOW = 32  # slots; a response of fewer than two such has no tail worth another program
+MIN_PREFIX = 64  # slots
 MIN_LANES = 8  # fewer don't make a step cheaper
+MOST_PREFIXES = 3  # widths of a prefix: each takes programs of its own
 FREED = 0.25  # share of lanes that must have ended before waiting rows take their place
 
 
@@ -34,11 +36,12 @@ class Costs(NamedTuple):
 
 
 class LaneShape(NamedTuple):
-    """Sizes of one compiled `decode`: M groups of K lanes, W slots attended to in each."""
+    """Sizes of one compiled `decode`: M groups of K lanes, W slots of each lane and P' of each prefix."""
 
     groups: int
     rows: int
     window: int
+    prefix: int
 
 
 class Batch(NamedTuple):
@@ -58,32 +61,32 @@ class Batch(NamedTuple):
     leave: int
 
 
-def windows(size: int) -> list[int]:
-    """Widths of the suffix window, ascending, each half of the next; the last is `size`.
+def windows(size: int, *, least: int) -> list[int]:
+    """How many of `size` slots are attended to: ascending, each half of the next, all of them last.
 
-    >>> windows(500)
+    >>> windows(500, least=32)
     [63, 125, 250, 500]
     """
     widths = [size]
-    while widths[-1] >= 2 * MIN_WINDOW:
+    while widths[-1] >= 2 * least:
         widths.append(-(-widths[-1] // 2))
     return widths[::-1]
 
 
 def lane_shapes(
-    groups: int, rows: int, size: int, *, slots: int | None = None, shards: int = 1
+    groups: int, rows: int, prefix: int, size: int, *, slots: int | None = None, shards: int = 1
 ) -> list[LaneShape]:
     """All sizes that decoding a round may need.
 
     Args:
-      groups, rows, size: N, K and S of the round.
+      groups, rows, prefix, size: N, K, P and S of the round.
       slots: most lanes at once, but at least a group on each shard; None: all rows.
       shards: of the group axis; each takes equally many groups.
 
-    >>> [tuple(shape) for shape in lane_shapes(128, 8, 50, slots=64)]
-    [(8, 8, 50)]
-    >>> [tuple(shape) for shape in lane_shapes(4, 8, 100)]
-    [(4, 8, 50), (4, 8, 100), (4, 4, 50), (4, 4, 100), (4, 2, 50), (4, 2, 100)]
+    >>> [tuple(shape) for shape in lane_shapes(128, 8, 200, 50, slots=64)]
+    [(8, 8, 50, 100), (8, 8, 50, 200)]
+    >>> [tuple(shape) for shape in lane_shapes(2, 8, 100, 100)]
+    [(2, 8, 50, 100), (2, 8, 100, 100), (2, 4, 50, 100), (2, 4, 100, 100)]
     """
     first = groups if slots is None else min(groups, slots // rows)
     first = max(first // shards, 1) * shards
@@ -97,16 +100,24 @@ def lane_shapes(
             if m * k < MIN_LANES or m < 1 or m % shards:
                 break
             sizes.append((m, k))
-    return [LaneShape(m, k, window) for m, k in sizes for window in windows(size)]
+    prefixes = windows(prefix, least=MIN_PREFIX)[-MOST_PREFIXES:]
+    return [
+        LaneShape(m, k, window, slots)
+        for m, k in sizes
+        for window in windows(size, least=MIN_WINDOW)
+        for slots in (
+            prefixes if (m, k) == sizes[0] else prefixes[-1:]
+        )  # few programs for the tail
+    ]
 
 
 def next_batch(
     lengths: np.ndarray,
     running: np.ndarray,
     most: np.ndarray,
+    prefix_lengths: np.ndarray,
     shapes: list[LaneShape],
     *,
-    prefix: int,
     costs: Costs,
 ) -> Batch | None:
     """The lanes of the next segment, or None when all rows have ended.
@@ -118,8 +129,8 @@ def next_batch(
     Args:
       lengths, running: [N, K] tokens drawn so far, and whether a row goes on.
       most: [N] tokens that a row of the group may draw.
+      prefix_lengths: [N] tokens of the prefixes.
       shapes: of `lane_shapes`.
-      prefix: P, slots of the prefix store.
     """
     if not running.any():
         return None
@@ -130,18 +141,21 @@ def next_batch(
     for shape in shapes:
         if shape.window != window:
             continue
-        batch = _fill(waiting, order, shape)
-        slots = shape.groups * (prefix + shape.rows * window)
+        fits = waiting & (prefix_lengths <= shape.prefix + 1)[:, None]
+        if not fits.any():
+            continue
+        batch = _fill(fits, order, shape)
+        slots = shape.groups * (shape.prefix + shape.rows * window)
         cost = costs.step + shape.groups * shape.rows + slots * costs.slot
         per_row = cost / batch.live.sum()
         if best is None or per_row < best[0]:
-            best = per_row, batch
-    assert best is not None  # some window is S, which every running row fits
-    batch = best[1]
+            best = per_row, batch, int(fits.sum())
+    assert best is not None  # some window is S and some prefix P, which every running row fits
+    _, batch, fitting = best
     taken, lanes = int(batch.live.sum()), batch.live.size
     if all((s.groups, s.rows) == batch.live.shape for s in shapes):
         leave = 0  # nowhere to put the rows that go on
-    elif taken < waiting.sum():
+    elif taken < fitting:
         leave = int(taken * (1 - FREED))
     elif any(s.groups * s.rows < lanes for s in shapes):
         leave = lanes // 2
