@@ -16,9 +16,10 @@ from test_sampling import assert_rounds_equal, random_prompts, random_snapshots
 from jaxreset.models.decoder import KV, Decoder, DecoderConfig
 from jaxreset.parallel import make_mesh, param_shardings
 from jaxreset.sampling import Sampler, Shape, StopRules, Stream, decoding, schedule
-from jaxreset.sampling.decoding import Draws, Limits, decode
+from jaxreset.sampling.decoding import Limits, decode
 from jaxreset.sampling.drawing import idle_lanes
 from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes, next_batch, windows
+from jaxreset.sampling.tokens import Draws
 from jaxreset.steps import build_automaton
 from jaxreset.training.compiles import compiles
 

@@ -15,7 +15,6 @@ row's random numbers are named by the row itself.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,27 +27,11 @@ from jax.sharding import Mesh
 from jaxreset.models.decoder import KV, Decoder
 from jaxreset.parallel import cache_sharding
 from jaxreset.sampling.rounds import StopReason
+from jaxreset.sampling.tokens import Draws, draw_token, row_keys
 from jaxreset.steps import Progress, StepAutomaton, advance
 
 Array = jax.Array
 Leaf = Any  # of a pytree built on the host with numpy, and traced inside jit
-
-
-class Draws(NamedTuple):
-    """How tokens are drawn; scalars, traced, so that changing one compiles nothing.
-
-    temperature: 0 takes the most likely token.
-    top_p: in (0, 1]; 1 keeps all.  top_k: 0 keeps all.  max_new: tokens per row in this call.
-    seed, step, phase: see `rounds.Stream`.
-    """
-
-    temperature: Leaf
-    top_p: Leaf
-    top_k: Leaf
-    max_new: Leaf
-    seed: Leaf
-    step: Leaf
-    phase: Leaf
 
 
 class Limits(NamedTuple):
@@ -232,7 +215,7 @@ def decode(
     head, size = model.head, suffix.keys.shape[-1]
     shape = lanes.live.shape
     in_place = shape == suffix.keys.shape[1:3]
-    keys = _row_keys(draws, lanes.ids, lanes.numbers)
+    keys = row_keys(draws, lanes.ids, lanes.numbers)
     used = lanes.used[:, None]
     lane_index = jnp.indices(shape)
 
@@ -364,88 +347,3 @@ def _constrain(cache: KV, mesh: Mesh | None) -> KV:
         ),
         cache,
     )
-
-
-def _row_keys(draws: Draws, ids: Array, numbers: Array) -> Array:
-    """`ids` [M], `numbers` [M, K] -> `[M, K]` keys that depend on prompt and row, not on the batch."""
-    key = jax.random.fold_in(jax.random.key(draws.seed), draws.step)
-    fold = jax.vmap(jax.random.fold_in, (0, None))
-    phases = fold(jax.vmap(partial(jax.random.fold_in, key))(ids), draws.phase)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(phases, numbers)
-
-
-def draw_token(
-    logits: Array, keys: Array, position: Array, draws: Draws
-) -> tuple[Array, Array, Array]:
-    """Draws one token a row.
-
-    Args:
-      logits: `[N, K, V]` float32.
-      keys: `[N, K]` row keys.  position: `[N, K]` index in the response, folded into the key.
-
-    Returns:
-      `[N, K]` int32 tokens, their log-softmax(logits / T), and the same after top-k and top-p. For a
-      temperature of 0, the most likely token, and its log-probabilities at temperature 1.
-    """
-    greedy = draws.temperature <= 0
-    scaled = logits / jnp.where(greedy, 1, draws.temperature)
-    logps = jax.nn.log_softmax(scaled, axis=-1)
-    truncates = (draws.top_k > 0) | (draws.top_p < 1)
-    kept = jax.lax.cond(truncates, truncate, lambda x, _: x, logps, draws)
-
-    def uniforms(key: Array, position: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(key, position), (2,), logits.dtype)
-
-    def random() -> Array:
-        return invert_cdf(jnp.exp(kept), jax.vmap(jax.vmap(uniforms))(keys, position))
-
-    token = jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1), random).astype(jnp.int32)
-
-    def at_token(values: Array) -> Array:
-        return jnp.take_along_axis(values, token[..., None], axis=-1)[..., 0]
-
-    return token, at_token(logps), at_token(kept)
-
-
-def invert_cdf(weights: Array, uniforms: Array) -> Array:
-    """Indices drawn with probabilities proportional to `weights`.
-
-    Two numbers a row, where the Gumbel trick takes one for each token: the first picks a block of
-    tokens, the second a token in it. Both cumulative sums are short, so rounding doesn't pile up.
-
-    Args:
-      weights: `[..., V]`, not all 0.
-      uniforms: `[..., 2]` in [0, 1).
-    """
-    size = weights.shape[-1]
-    block = math.isqrt(size - 1) + 1
-    spare = [(0, 0)] * (weights.ndim - 1) + [(0, -size % block)]
-    blocks = jnp.pad(weights, spare).reshape(*weights.shape[:-1], -1, block)
-
-    def pick(weights: Array, uniform: Array) -> Array:
-        sums = jnp.cumsum(weights, axis=-1)
-        total = sums[..., -1]
-        # Below the total even when the product is rounded up: an index of weight 0 is never drawn.
-        target = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.zeros_like(total)))
-        return (sums <= target[..., None]).sum(axis=-1)
-
-    which = pick(blocks.sum(axis=-1), uniforms[..., 0])
-    chosen = jnp.take_along_axis(blocks, which[..., None, None], axis=-2)[..., 0, :]
-    return which * block + pick(chosen, uniforms[..., 1])
-
-
-def truncate(logps: Array, draws: Draws) -> Array:
-    """Renormalised log-probabilities after top-k, then top-p; -inf where cut. `[..., V]`.
-
-    top-p keeps the smallest set of most likely tokens whose (top-k renormalised) probability reaches
-    `top_p`. Tokens that tie with the last one kept are kept too.
-    """
-    ordered = -jnp.sort(-logps, axis=-1)
-    rank = jnp.arange(logps.shape[-1])
-    by_k = jnp.where((draws.top_k <= 0) | (rank < draws.top_k), ordered, -jnp.inf)
-    probabilities = jax.nn.softmax(by_k, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the more likely ones
-    # The most likely token always stays, whatever rounding does to a tiny top_p.
-    kept = (((before < draws.top_p) | (draws.top_p >= 1)) & (by_k > -jnp.inf)).at[..., 0].set(True)
-    last = jnp.where(kept, ordered, jnp.inf).min(axis=-1, keepdims=True)
-    return jax.nn.log_softmax(jnp.where(logps >= last, logps, -jnp.inf), axis=-1)

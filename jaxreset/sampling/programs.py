@@ -14,10 +14,11 @@ from jaxreset.models.decoder import KV, DecoderConfig
 from jaxreset.models.policy import Policy
 from jaxreset.parallel import decode_shardings, rows_sharding
 from jaxreset.sampling import decoding
-from jaxreset.sampling.decoding import Drawn, Draws, Lanes, Limits
+from jaxreset.sampling.decoding import Drawn, Lanes, Limits
 from jaxreset.sampling.drawing import Decode, Rows, Spent, Start, draw_rows, idle_lanes
 from jaxreset.sampling.rounds import Shape, Snapshot
 from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes
+from jaxreset.sampling.tokens import Draws
 from jaxreset.steps import StepAutomaton
 
 # Of a decoding step, in times of a row's matrix products. Reading the weights takes as long as the

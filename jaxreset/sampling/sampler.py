@@ -13,10 +13,17 @@ from jax.sharding import Mesh
 from jaxreset.models.decoder import KV
 from jaxreset.models.policy import Policy
 from jaxreset.parallel import device_bytes
-from jaxreset.sampling.decoding import Draws, Limits
+from jaxreset.sampling.checks import (
+    check_draws,
+    check_prompts,
+    check_questions,
+    check_snapshots,
+)
+from jaxreset.sampling.decoding import Limits
 from jaxreset.sampling.drawing import Start
 from jaxreset.sampling.programs import Programs, cache_bytes
 from jaxreset.sampling.rounds import Round, Shape, Snapshot, Stream
+from jaxreset.sampling.tokens import Draws
 from jaxreset.steps import (
     Progress,
     StepAutomaton,
@@ -89,6 +96,7 @@ class Sampler:
         self.forks = list(forks)
         self.question_tokens = question_tokens
         self.hold_cache = hold_cache
+        self._vocab = automaton.next_state.shape[1]
         self._shards = 1 if mesh is None else mesh.size
         limits = Limits(
             np.int32(stop.max_response),
@@ -169,7 +177,7 @@ class Sampler:
             of range, or more than any of `shapes` holds; with the numbers.
         """
         prefixes = [np.asarray(p, np.int32) for p in prompts]
-        self._check(prefixes, ids=ids, first_rows=first_rows, kept=kept)
+        check_prompts(prefixes, self._vocab, kept=kept, ids=ids, first_rows=first_rows)
         kept = [0] * len(prompts) if kept is None else kept
         ids = range(len(prompts)) if ids is None else ids
         draws = self._draws(stream, temperature, top_p, top_k, max_new)
@@ -205,25 +213,8 @@ class Sampler:
           ValueError: snapshots of several rounds, of weights that have since been updated, or of a
             length outside the row.
         """
-        if not snapshots:
-            raise ValueError("snapshots: none given, expected at least one to resume")
+        check_snapshots(snapshots, policy.version)
         parent = snapshots[0].round
-        for s in snapshots:
-            if s.round is not parent:
-                raise ValueError(
-                    "snapshots: expected all of one round; resume each round by itself"
-                )
-            longest = len(parent.prefixes[s.group]) + int(parent.lengths[s.group, s.row])
-            if not parent.prompt_lengths[s.group] <= s.length <= longest:
-                raise ValueError(
-                    f"snapshot length {s.length}: row {s.row} of group {s.group} has a prompt of "
-                    f"{parent.prompt_lengths[s.group]} tokens and ends at {longest}"
-                )
-        if parent.version != policy.version:
-            raise ValueError(
-                f"snapshots were drawn by weights of version {parent.version}, the policy is at "
-                f"version {policy.version}: their keys and values are stale; sample again"
-            )
         draws = self._draws(stream, temperature, top_p, top_k, max_new)
         children = None
         if self.shapes is not None:
@@ -232,7 +223,7 @@ class Sampler:
         prompt_lengths = [int(parent.prompt_lengths[s.group]) for s in snapshots]
         asked = [np.asarray(q, np.int32) for q in questions or ()]
         if questions is not None:
-            self._check_questions(asked, len(snapshots))
+            check_questions(asked, len(snapshots), self.question_tokens, self._vocab)
             prefixes = [np.concatenate(pair) for pair in zip(kept, asked, strict=True)]
             prompt_lengths = [len(p) for p in prefixes]
         shape = self._shape(prefixes, rows, children)
@@ -364,50 +355,10 @@ class Sampler:
             live=(np.arange(shape.groups) < count) & (used < self.stop.max_response),
         )
 
-    def _check(self, prompts: Sequence[np.ndarray], **per_prompt: Sequence[int] | None) -> None:
-        for name, values in per_prompt.items():
-            if values is not None and len(values) != len(prompts):
-                raise ValueError(
-                    f"{name}: {len(values)} values, expected one for each of the {len(prompts)} prompts"
-                )
-        kept_of = per_prompt["kept"]
-        for n, (prompt, kept) in enumerate(
-            zip(prompts, [0] * len(prompts) if kept_of is None else kept_of, strict=True)
-        ):
-            vocab = self.automaton.next_state.shape[1]
-            if len(prompt) and not 0 <= prompt.min() <= prompt.max() < vocab:
-                raise ValueError(
-                    f"prompts: number {n} has ids from {prompt.min()} to {prompt.max()}, expected 0 to "
-                    f"{vocab - 1}, the vocabulary"
-                )
-            if not 0 <= kept <= len(prompt):
-                raise ValueError(
-                    f"kept: {kept} of prompt {n}, expected 0 to its {len(prompt)} tokens"
-                )
-
-    def _check_questions(self, questions: Sequence[np.ndarray], count: int) -> None:
-        if len(questions) != count:
-            raise ValueError(
-                f"questions: {len(questions)}, expected one for each of {count} snapshots"
-            )
-        lengths = [len(q) for q in questions]
-        if not 1 <= min(lengths) <= max(lengths) <= self.question_tokens:
-            raise ValueError(
-                f"questions: of {min(lengths)} to {max(lengths)} tokens, expected 1 to "
-                f"question_tokens={self.question_tokens}"
-            )
-        self._check(questions, kept=None)
-
     def _draws(
         self, stream: Stream, temperature: float, top_p: float, top_k: int, max_new: int | None
     ) -> Draws:
-        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-            raise ValueError(
-                f"temperature={temperature}, top_p={top_p}, top_k={top_k}: expected temperature >= 0, "
-                "0 < top_p <= 1 and top_k >= 0"
-            )
-        if max_new is not None and max_new < 1:
-            raise ValueError(f"max_new={max_new}: expected at least 1")
+        check_draws(temperature, top_p, top_k, max_new)
         return Draws(
             np.float32(temperature),
             np.float32(top_p),

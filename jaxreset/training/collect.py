@@ -152,7 +152,7 @@ class _Step:
         self.stream = Stream(seed, step, phase=0)
         self.values: defaultdict[str, list[float]] = defaultdict(list)
         self.totals: Counter[str] = Counter({"tokens_sampled": 0, "tokens/localizer": 0})
-        self.drawn = self.lane_steps = 0
+        self.lane_steps = 0
         self.groups: list[list[Group]] = [[] for _ in prompts]
         self.records: list[dict[str, Any]] = [
             {"index": p.number, "problem": p.problem.id, "question": p.problem.question, "groups": [],
@@ -175,7 +175,8 @@ class _Step:
         for rung in range(self.objective.rungs if self.objective.rule else 0):
             candidates = self.reset_round(candidates, roots, rung)
         means = {name: float(np.mean(values)) for name, values in self.values.items()}
-        means["sampling/slot_utilization"] = self.drawn / max(self.lane_steps, 1)
+        useful = self.totals["tokens_sampled"] - self.totals["tokens/localizer"]
+        means["sampling/slot_utilization"] = useful / max(self.lane_steps, 1)
         groups = [group for of_prompt in self.groups for group in of_prompt]
         return Collected(groups, self.records, means | dict(self.totals))
 
@@ -352,7 +353,6 @@ class _Step:
         scores = self.to.task.score(list(zip(problems, texts, strict=True)))
         self.totals["tokens_sampled"] += int(round_.lengths.sum())
         self.totals["verifier/timeouts"] += len(scores.timeouts)
-        self.drawn += int(round_.lengths.sum())
         self.lane_steps += round_.lane_steps
         cut = (StopReason.BUDGET, StopReason.LENGTH, StopReason.STEPS)
         self.values["response/cut"] += np.isin(round_.reasons, cut).ravel().tolist()
