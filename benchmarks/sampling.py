@@ -266,6 +266,8 @@ class Phases:
         forks = [(base, asked), (child, asked)] if inline else []
         shapes = [] if inline else [asked]
         self.localizer = new_sampler(vocab, answer, shapes, forks, question_tokens=QUESTION)
+        self.sampler.compile(policy)  # which lanes decode together differs from turn to turn
+        self.localizer.compile(policy, asks=inline)
 
     def base(self, seed: int, rows: int) -> Round:
         """The first round."""
