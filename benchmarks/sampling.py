@@ -267,7 +267,7 @@ class Phases:
         shapes = [] if inline else [asked]
         self.localizer = new_sampler(vocab, answer, shapes, forks, question_tokens=QUESTION)
         self.sampler.compile(policy)  # which lanes decode together differs from turn to turn
-        self.localizer.compile(policy, asks=inline)
+        self.localizer.compile(policy)
 
     def base(self, seed: int, rows: int) -> Round:
         """The first round."""

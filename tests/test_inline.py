@@ -50,7 +50,7 @@ def test_a_question_behind_a_snapshot_equals_one_prompt(
     for dtype, policy in policies.items():
         with jax.enable_x64(dtype == "float64"):
             asks = make_sampler(shapes=[], hold_cache=hold_cache)
-            asks.compile(policy, asks=True)
+            asks.compile(policy)
             base = sampler.sample(policy, random_prompts(), rows=4, stream=Stream(1))
             if hold_cache == "never":
                 base = dataclasses.replace(base, cache=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 
 import jax
@@ -69,6 +70,12 @@ def test_every_row_is_drawn_to_its_end_in_the_shapes_that_were_compiled(data):
         most = max(slots, rows * shards, 2 * shards)
         assert all(shape.groups * shape.rows <= most for shape in shapes)
     simulate(wanted, shapes, prefixes=prefixes)
+
+
+def test_the_docstrings_examples_are_true():
+    failed, tried = doctest.testmod(schedule)
+    assert tried >= 3
+    assert failed == 0
 
 
 def test_the_widest_window_is_the_whole_suffix():

@@ -69,7 +69,7 @@ class Sampler:
       forks: (parent, child) sizes for `resume`; a parent is one of `shapes` or an earlier child.
       slots: most rows that decode at once; the others wait for a place. None: 32 on CPU, where more
         make none cheaper, and all elsewhere.
-      question_tokens: most tokens that `resume` may put behind a snapshot.
+      question_tokens: most tokens that `resume` may put behind a snapshot; 0: it gets no questions.
       hold_cache: whether a round keeps its keys and values, so that `resume` gathers its prefixes.
         "never": it prefills them, once per group. "auto": rounds are held that take at most a third of
         the device's memory.
@@ -85,7 +85,7 @@ class Sampler:
         shapes: Sequence[Shape] | None = None,
         forks: Sequence[tuple[Shape, Shape]] = (),
         slots: int | None = None,
-        question_tokens: int = 64,
+        question_tokens: int = 0,
         hold_cache: HoldCache = "auto",
         mesh: Mesh | None = None,
     ):
@@ -260,10 +260,10 @@ class Sampler:
         length = int(round_.prompt_lengths[group]) + spans[before_step - 1][0]
         return Snapshot(round_, group, row, length)
 
-    def compile(self, policy: Policy, *, asks: bool = False) -> None:
+    def compile(self, policy: Policy) -> None:
         """Compiles all that `sample` and `resume` will need, in `shapes` and `forks`.
 
-        Each program runs once on padding, which ends at once. `asks`: `resume` gets questions.
+        Each program runs once on padding, which ends at once.
         """
         draws = self._draws(Stream(0), 1.0, 1.0, 0, None)
         caches = {}
@@ -276,7 +276,7 @@ class Sampler:
                     prefix = self._programs.prefill(policy, parent, [])
                     caches[parent] = prefix, self._programs.empty_suffix(parent, prefix)
                 prefix = self._programs.fork(caches[parent], child, [])
-                if asks:
+                if self.question_tokens:
                     prefix = self._programs.extend(policy, prefix, [], [], self.question_tokens)
             else:
                 prefix = self._programs.prefill(policy, child, [])

@@ -102,12 +102,11 @@ def lane_shapes(
             sizes.append((m, k))
     prefixes = windows(prefix, least=MIN_PREFIX)[-MOST_PREFIXES:]
     return [
-        LaneShape(m, k, window, slots)
-        for m, k in sizes
+        LaneShape(*lanes, window, width)
+        for lanes in sizes
         for window in windows(size, least=MIN_WINDOW)
-        for slots in (
-            prefixes if (m, k) == sizes[0] else prefixes[-1:]
-        )  # few programs for the tail
+        # Few programs for the tail.
+        for width in (prefixes if lanes == sizes[0] else prefixes[-1:])
     ]
 
 

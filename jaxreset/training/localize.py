@@ -59,7 +59,7 @@ class PolicyLocalizer:
 
     def compile(self, policy: Policy) -> None:
         """Compiles all that a call needs."""
-        self.sampler.compile(policy, asks=self.inline)
+        self.sampler.compile(policy)
 
     def __call__(
         self, policy: Policy, failures: Sequence[Failure], ends: Sequence[Snapshot]

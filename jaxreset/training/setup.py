@@ -214,7 +214,7 @@ def _localizer(
         delimiter=task.delimiter,
         shapes=[] if inline else [shape],
         forks=[(drawn, shape) for drawn in failed] if inline else [],
-        question_tokens=ask.max_question_tokens,
+        question_tokens=ask.max_question_tokens if inline else 0,
         hold_cache=config.sampling.hold_cache if inline else "never",
         mesh=mesh,
     )
