@@ -196,7 +196,7 @@ class ScriptedRounds:
             shape=Shape(*shape, 0, tokens.shape[-1]),
             lane_steps=int(lengths.max()) * lengths.size,
             prefix_reads=int(lengths.max()) * len(lengths),
-            cache=None,
+            held=(),
         )
 
     def _text(self, prompt: int, phase: int, row: int, kept: str) -> str:

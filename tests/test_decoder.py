@@ -93,7 +93,7 @@ def test_decoding_with_a_cache_gives_the_hidden_states_of_the_update(shape, seed
         prefix, lengths, rows, _, _ = random_groups(shape, seed)
         expected = jitted_shared(graph, params, prefix, lengths, rows)
         rng = np.random.default_rng(seed)
-        keys, values = decoder.prefill(jnp.asarray(prefix))
+        ((keys, values),) = decoder.prefill(jnp.asarray(prefix))
         # What lies beyond a prefix, or beyond a row's slot, is junk that nobody may see.
         beyond = (np.arange(p) >= lengths[:, None])[None, :, None]  # [1, N, 1, P]
         keys = jnp.where(beyond[..., None, :], 9.0, keys)
@@ -103,12 +103,13 @@ def test_decoding_with_a_cache_gives_the_hidden_states_of_the_update(shape, seed
             jnp.asarray(rng.normal(size=(*around, WIDE.head_dim, s))),
             jnp.asarray(rng.normal(size=(*around, s, WIDE.head_dim))),
         )
+        cache = (cache,)
         # Rows start late by different delays: meanwhile, and when done, they feed a slot again.
         delays = rng.integers(0, 3, (n, k))
         for step in range(s + 2):
             slots = np.clip(step - delays, 0, s - 1)
             at = (*np.indices((n, k)), slots)
-            hidden, cache = jitted_decode(graph, params, rows[at], slots, shared, lengths, cache)
+            hidden, cache = jitted_decode(graph, params, rows[at], slots, (shared,), lengths, cache)
             np.testing.assert_allclose(hidden, expected[at], rtol=0, atol=1e-12)
 
 

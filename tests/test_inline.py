@@ -53,7 +53,7 @@ def test_a_question_behind_a_snapshot_equals_one_prompt(
             asks.compile(policy)
             base = sampler.sample(policy, random_prompts(), rows=4, stream=Stream(1))
             if hold_cache == "never":
-                base = dataclasses.replace(base, cache=None)
+                base = dataclasses.replace(base, held=())
             snapshots, before = random_snapshots(base, 4, seed=2), compiles()
             draw = {"rows": 2, "stream": Stream(3), "temperature": 0.7}
             answers = asks.resume(policy, snapshots, questions=QUESTIONS, **draw)

@@ -159,7 +159,8 @@ def test_segments_change_no_token(policies, make_sampler, monkeypatch, dtype, sl
         snapshots = random_snapshots(reset, 3, seed)
         return base, reset, sampler.resume(policy, snapshots, rows=4, stream=Stream(seed, phase=2))
 
-    plain, segmented = make_sampler(), make_sampler(slots=slots)
+    plain = make_sampler(streams=1)
+    segmented = make_sampler(slots=slots, streams=1 if slots is None else 2)
     with jax.enable_x64(dtype == "float64"):
         for seed in range(6):
             draw = {"temperature": [0.0, 1.0, 0.7][seed % 3]}
@@ -182,7 +183,7 @@ def test_a_round_that_is_not_held_is_prefilled_again(policy64, make_sampler, hol
     sampler.compile(policy64)
     before = compiles()
     base = sampler.sample(policy64, random_prompts(4), rows=4, stream=Stream(1))
-    assert (base.cache is None) == (hold_cache == "never")
+    assert (base.held == ()) == (hold_cache == "never")
     snapshots = random_snapshots(base, 4, 1)
     branches = sampler.resume(policy64, snapshots, rows=4, stream=Stream(2))
     assert compiles() == before
@@ -212,7 +213,7 @@ def small_round(prefix, size, rows):
     def store(*around, slots):
         around = (2, groups, *around, 2)
         keys, values = (*around, 8, slots), (*around, slots, 8)
-        return KV(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in (keys, values)))
+        return (KV(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in (keys, values))),)
 
     automaton = build_automaton([b"\n"] * 28, delimiter="\n", vocab_size=28)
     i32, f32 = np.int32(0), np.float32(1)

@@ -3,8 +3,10 @@
     tokens ─▶ embed ─▶ L × [ x + attend(norm x) ; x + mlp(norm x) ] ─▶ norm ─▶ hidden ─▶ head ─▶ logits
 
 The parameters of the L blocks are stacked on a leading axis, and one block's code runs over them: a
-`scan` in training, a `fori_loop` in decoding, where the cache is carried along. A row is always a
-shared prefix and a suffix of its own, and the last prefix token is the *first input of the row*: the
+`scan` in training, a `fori_loop` in decoding, where the cache is carried along. An unstacked decoder
+has each block in a stack of its own: there nothing is sliced, which on CPU is a copy at every token.
+
+A row is always a shared prefix and a suffix of its own, and the last prefix token is the *first input of the row*: the
 hidden state of a row's slot t predicts its t-th suffix token, and the prefix holds one token less.
 
     prefix    [ p0 p1 p2 ]           positions 0 1 2      keys and values, once per group
@@ -14,9 +16,12 @@ hidden state of a row's slot t predicts its t-th suffix token, and the prefix ho
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +30,7 @@ from flax import nnx
 from jaxreset.models.attention import causal_attention, shared_prefix_attention
 
 Array = jax.Array
+Carry = TypeVar("Carry")
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,20 @@ class DecoderConfig:
 
 
 class KV(NamedTuple):
-    """Keys `[L, ..., G, D, slots]` and values `[L, ..., G, slots, D]` of all layers; see `attention`."""
+    """Keys `[L, ..., G, D, slots]` and values `[L, ..., G, slots, D]` of a stack's L layers."""
 
     keys: Array
     values: Array
+
+
+Store = tuple[KV, ...]  # one for each stack of a decoder
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of rotary angles, `[..., T, D / 2]`, float32 at least."""
+
+    cos: Array
+    sin: Array
 
 
 class RMSNorm(nnx.Module):
@@ -84,7 +100,7 @@ class RMSNorm(nnx.Module):
 class Block(nnx.Module):
     """One layer, or a stack of `stack` layers whose parameters have leading axis `stack`.
 
-    A stack is only sliced (`Decoder.block`), never called. Attention itself stays outside:
+    A stack is only sliced, never called. Attention itself stays outside:
     `project` gives queries, keys and values; the caller attends; `combine` finishes the layer.
     """
 
@@ -117,8 +133,8 @@ class Block(nnx.Module):
         self.up = matrix(c.width, c.width, c.mlp)
         self.down = matrix(c.mlp, c.mlp, c.width, depth=2 * c.layers)
 
-    def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
-        """`x` [..., T, E], `positions` [..., T] -> query [..., T, H, D], key and value [..., T, G, D]."""
+    def project(self, x: Array, turn: Rotation) -> tuple[Array, Array, Array]:
+        """`x` [..., T, E], `turn` [..., T, D / 2] -> query [..., T, H, D], key and value [..., T, G, D]."""
         x = self.attention_norm(x)
         query = jnp.einsum("...e,ehd->...hd", x, self.q[...])
         key = jnp.einsum("...e,ehd->...hd", x, self.k[...])
@@ -128,12 +144,13 @@ class Block(nnx.Module):
             value = value + self.v_bias[...]
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        angles = rotary_angles(positions, self.config)
-        return rotate(query, angles), rotate(key, angles), value
+        return rotate(query, turn), rotate(key, turn), value
 
     def combine(self, x: Array, attended: Array) -> Array:
         """`x` [..., T, E] and the attention's output [..., T, H, D] -> the layer's output [..., T, E]."""
-        x = x + jnp.einsum("...hd,hde->...e", attended, self.o[...])
+        # One axis of heads and widths: contracting two of them makes XLA copy the matrix.
+        output = self.o[...].reshape(-1, x.shape[-1])
+        x = x + attended.reshape(*x.shape[:-1], len(output)) @ output
         y = self.mlp_norm(x)
         return x + (jax.nn.silu(y @ self.gate[...]) * (y @ self.up[...])) @ self.down[...]
 
@@ -148,7 +165,7 @@ class Decoder(nnx.Module):
         init = jax.nn.initializers.normal
         shape = config.vocab, config.width
         self.embed = nnx.Param(init(scale)(rngs.params(), shape, config.dtype))
-        self.blocks = Block(config, stack=config.layers, rngs=rngs)
+        self.blocks: Block | nnx.List[Block] = Block(config, stack=config.layers, rngs=rngs)
         self.norm = RMSNorm((config.width,), config.norm_eps, config.dtype)
         if not config.tie_embeddings:
             self.output = nnx.Param(init(0.02)(rngs.params(), shape[::-1], config.dtype))
@@ -157,6 +174,24 @@ class Decoder(nnx.Module):
     def head(self) -> Array:
         """`[E, V]` output projection."""
         return self.embed[...].T if self.config.tie_embeddings else self.output[...]
+
+    @property
+    def stacks(self) -> list[Block]:
+        """All layers, in one stack or each in its own."""
+        return [self.blocks] if isinstance(self.blocks, Block) else list(self.blocks)
+
+    def unstack(self) -> None:
+        """Gives each layer a stack of its own, and the output projection an array of its own."""
+        (whole,) = self.stacks
+        graph, params = nnx.split(whole)
+
+        def layer(index: int) -> Block:
+            return nnx.merge(graph, jax.tree.map(lambda p: p[index : index + 1], params))
+
+        self.blocks = nnx.List([layer(index) for index in range(self.config.layers)])
+        if self.config.tie_embeddings:
+            self.output = nnx.Param(self.head)
+            self.config = dataclasses.replace(self.config, tie_embeddings=False)
 
     def logits(self, tokens: Array) -> Array:
         """`[B, T]` right-padded tokens -> `[B, T, V]` float32 logits; for inspection, not for training."""
@@ -167,14 +202,14 @@ class Decoder(nnx.Module):
         """`[B, T]` right-padded tokens -> `[B, T, E]`; position t predicts token t + 1."""
         return self._causal(tokens)[0]
 
-    def prefill(self, tokens: Array) -> KV:
+    def prefill(self, tokens: Array) -> Store:
         """`[N, P]` right-padded prefixes -> their keys and values, `[L, N, G, D, P]` and `[L, N, G, P, D]`.
 
         Slots at and after a prefix's end hold padding: attention masks them by length.
         """
         return self._causal(tokens)[1]
 
-    def extend(self, tokens: Array, prefix: KV, prefix_lengths: Array) -> KV:
+    def extend(self, tokens: Array, prefix: Store, prefix_lengths: Array) -> Store:
         """Keys and values of more tokens of each prefix; what the prefix holds isn't computed again.
 
         Args:
@@ -185,19 +220,16 @@ class Decoder(nnx.Module):
         Returns:
           `[L, N, 1, G, D, Q]` and `[L, N, 1, G, Q, D]`: a suffix store of one row a group.
         """
-        positions = prefix_lengths[:, None, None] + jnp.arange(tokens.shape[-1])
+        turn = rotation(prefix_lengths[:, None, None] + jnp.arange(tokens.shape[-1]), self.config)
         causal = _causal_mask(tokens.shape[-1])
 
-        def layer(x: Array, stacked: tuple[nnx.State, KV]) -> tuple[Array, KV]:
-            params, shared = stacked
-            block = nnx.merge(graph, params)
-            query, keys, values = block.project(x, positions)
+        def layer(x: Array, block: Block, shared: KV) -> tuple[Array, KV]:
+            query, keys, values = block.project(x, turn)
             own = KV(*_slots_inside(keys, values))
             attended = shared_prefix_attention(query, *own, causal, *shared, prefix_lengths)
             return block.combine(x, attended), own
 
-        graph, stacked = nnx.split(self.blocks)
-        return jax.lax.scan(layer, self.embed[tokens][:, None], (stacked, prefix))[1]
+        return self._scan(layer, self.embed[tokens][:, None], prefix)[1]
 
     def suffix_hidden(
         self, prefix: Array, prefix_lengths: Array, rows: Array, *, remat: bool = False
@@ -214,30 +246,26 @@ class Decoder(nnx.Module):
         Returns:
           `[N, K, S, E]`; slot t predicts the suffix's t-th token.
         """
-        positions = prefix_lengths[:, None, None] + jnp.arange(rows.shape[-1])
+        turn = rotation(prefix_lengths[:, None, None] + jnp.arange(rows.shape[-1]), self.config)
+        prefix_turn = rotation(jnp.arange(prefix.shape[-1])[None], self.config)
         causal = _causal_mask(rows.shape[-1])
-        prefix_positions = jnp.arange(prefix.shape[-1])[None]
 
-        def layer(
-            carry: tuple[Array, Array], params: nnx.State
-        ) -> tuple[tuple[Array, Array], None]:
+        def layer(carry: tuple[Array, Array], block: Block) -> tuple[tuple[Array, Array], None]:
             shared, own = carry
-            block = nnx.merge(graph, params)
-            shared, keys, values = _self_attend(block, shared, prefix_positions)
-            query, row_keys, row_values = block.project(own, positions)
+            shared, keys, values = _self_attend(block, shared, prefix_turn)
+            query, row_keys, row_values = block.project(own, turn)
             attended = shared_prefix_attention(
                 query, *_slots_inside(row_keys, row_values), causal, keys, values, prefix_lengths
             )
             return (shared, block.combine(own, attended)), None
 
-        graph, stacked = nnx.split(self.blocks)
-        body = jax.checkpoint(layer) if remat else layer
-        (_, own), _ = jax.lax.scan(body, (self.embed[prefix], self.embed[rows]), stacked)
+        start = self.embed[prefix], self.embed[rows]
+        (_, own), _ = self._scan(layer, start, remat=remat)
         return self.norm(own)
 
     def decode(
-        self, tokens: Array, slots: Array, prefix: KV, prefix_lengths: Array, suffix: KV
-    ) -> tuple[Array, KV]:
+        self, tokens: Array, slots: Array, prefix: Store, prefix_lengths: Array, suffix: Store
+    ) -> tuple[Array, Store]:
         """One decoding step for K rows of N groups.
 
         Args:
@@ -250,14 +278,17 @@ class Decoder(nnx.Module):
         Returns:
           `[N, K, E]` hidden states that predict the next tokens, and `suffix` with the slots written.
         """
-        positions = (prefix_lengths[:, None] + slots)[..., None]  # [N, K, 1]
-        mask = (jnp.arange(suffix.keys.shape[-1]) <= slots[..., None])[:, :, None]  # [N, K, 1, S]
+        turn = rotation((prefix_lengths[:, None] + slots)[..., None], self.config)
+        size = suffix[0].keys.shape[-1]
+        mask = (jnp.arange(size) <= slots[..., None])[:, :, None]  # [N, K, 1, S]
         group, row = jnp.indices(tokens.shape)
 
-        def layer(index: Array, carry: tuple[Array, KV]) -> tuple[Array, KV]:
+        def layer(
+            stack: Block, shared: KV, index: Array | int, carry: tuple[Array, KV]
+        ) -> tuple[Array, KV]:
             x, cache = carry
-            block = self.block(index)
-            query, key, value = block.project(x, positions)
+            block = _take_layer(stack, index)
+            query, key, value = block.project(x, turn)
             # Written per row: TPU copies a cache that is written at one shared slot.
             keys = cache.keys.at[index, group, row, :, :, slots].set(key[:, :, 0])
             values = cache.values.at[index, group, row, :, slots].set(value[:, :, 0])
@@ -266,36 +297,84 @@ class Decoder(nnx.Module):
                 keys[index],
                 values[index],
                 mask,
-                prefix.keys[index],
-                prefix.values[index],
+                shared.keys[index],
+                shared.values[index],
                 prefix_lengths,
             )
             return block.combine(x, attended), KV(keys, values)
 
-        x = self.embed[tokens][:, :, None]  # [N, K, 1, E]
-        x, suffix = jax.lax.fori_loop(0, self.config.layers, layer, (x, suffix))
-        return self.norm(x)[:, :, 0], suffix
+        x, written = self.embed[tokens][:, :, None], []  # [N, K, 1, E]
+        for stack, shared, own in zip(self.stacks, prefix, suffix, strict=True):
+            step = functools.partial(layer, stack, shared)
+            count = len(own.keys)
+            x, own = (
+                step(0, (x, own)) if count == 1 else jax.lax.fori_loop(0, count, step, (x, own))
+            )
+            written.append(own)
+        return self.norm(x)[:, :, 0], tuple(written)
 
-    def block(self, index: Array | int) -> Block:
-        """Layer `index` of the stack."""
-        graph, stacked = nnx.split(self.blocks)
-        return nnx.merge(graph, jax.tree.map(lambda p: p[index], stacked))
+    def _causal(self, tokens: Array) -> tuple[Array, Store]:
+        turn = rotation(jnp.arange(tokens.shape[-1])[None], self.config)
 
-    def _causal(self, tokens: Array) -> tuple[Array, KV]:
-        positions = jnp.arange(tokens.shape[-1])[None]
-
-        def layer(x: Array, params: nnx.State) -> tuple[Array, KV]:
-            x, keys, values = _self_attend(nnx.merge(graph, params), x, positions)
+        def layer(x: Array, block: Block) -> tuple[Array, KV]:
+            x, keys, values = _self_attend(block, x, turn)
             return x, KV(keys, values)
 
-        graph, stacked = nnx.split(self.blocks)
-        x, cache = jax.lax.scan(layer, self.embed[tokens], stacked)
+        x, cache = self._scan(layer, self.embed[tokens])
         return self.norm(x), cache
 
+    def _scan(
+        self,
+        layer: Callable[..., tuple[Carry, KV | None]],
+        carry: Carry,
+        *stores: Store,
+        remat: bool = False,
+    ) -> tuple[Carry, Store]:
+        """`layer(carry, block, *of its stores)` over all layers; what else it returns, by stack."""
+        made = []
+        for stack, *beside in zip(self.stacks, *stores, strict=True):
+            graph, params = nnx.split(stack)
 
-def _self_attend(block: Block, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+            def body(
+                carry: Carry, xs: tuple[nnx.State, list[KV]], graph: nnx.GraphDef = graph
+            ) -> tuple[Carry, KV | None]:
+                return layer(carry, nnx.merge(graph, xs[0]), *xs[1])
+
+            carry, out = jax.lax.scan(
+                jax.checkpoint(body) if remat else body, carry, (params, beside)
+            )
+            made.append(out)
+        return carry, tuple(made)
+
+
+@functools.cache
+def unstacked_graph(config: DecoderConfig) -> nnx.GraphDef[Decoder]:
+    """Structure of an unstacked decoder of these sizes."""
+
+    def make() -> Decoder:
+        decoder = Decoder(config, rngs=nnx.Rngs(0))
+        decoder.unstack()
+        return decoder
+
+    return nnx.split(nnx.eval_shape(make))[0]
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def unstack(params: nnx.State, *, graph: nnx.GraphDef[Decoder]) -> nnx.State:
+    """Parameters of a stacked decoder -> those of the unstacked one."""
+    decoder = nnx.merge(graph, params)
+    decoder.unstack()
+    return nnx.state(decoder)
+
+
+def _take_layer(stack: Block, index: Array | int) -> Block:
+    graph, stacked = nnx.split(stack)
+    return nnx.merge(graph, jax.tree.map(lambda p: p[index], stacked))
+
+
+def _self_attend(block: Block, x: Array, turn: Rotation) -> tuple[Array, Array, Array]:
     """One causal layer over `x` [N, T, E]; right padding can't be seen from before it."""
-    query, keys, values = block.project(x, positions)
+    query, keys, values = block.project(x, turn)
     keys, values = _slots_inside(keys, values)
     return block.combine(x, causal_attention(query, keys, values)), keys, values
 
@@ -313,8 +392,8 @@ def _wide(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def rotary_angles(positions: Array, config: DecoderConfig) -> Array:
-    """`positions` [..., T] -> rotary angles [..., T, D / 2], float32 (float64 under x64 parameters)."""
+def rotation(positions: Array, config: DecoderConfig) -> Rotation:
+    """Of `positions` [..., T]; float32 (float64 under x64 parameters)."""
     half = config.head_dim // 2
     dtype = jnp.promote_types(config.dtype, jnp.float32)
     frequencies = config.rope_theta ** (-jnp.arange(half, dtype=dtype) / half)
@@ -325,12 +404,14 @@ def rotary_angles(positions: Array, config: DecoderConfig) -> Array:
         ratio = scaling.original_max_position / wavelengths
         kept = jnp.clip((ratio - scaling.low_freq_factor) / span, 0, 1)
         frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
-    return positions[..., None].astype(dtype) * frequencies
+    angles = positions[..., None].astype(dtype) * frequencies
+    # Kept from being fused, and so computed again, into every layer.
+    return Rotation(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
 
 
-def rotate(x: Array, angles: Array) -> Array:
-    """Rotary embedding of `x` [..., T, heads, D] by `angles` [..., T, D / 2] (halves, not pairs)."""
-    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
-    first, second = jnp.split(x.astype(angles.dtype), 2, axis=-1)
+def rotate(x: Array, turn: Rotation) -> Array:
+    """Rotary embedding of `x` [..., T, heads, D] (halves, not pairs)."""
+    cos, sin = (part[..., None, :] for part in turn)
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

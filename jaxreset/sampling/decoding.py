@@ -15,7 +15,6 @@ row's random numbers are named by the row itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxreset.models.decoder import KV, Decoder
+from jaxreset.models.decoder import KV, Decoder, Store
 from jaxreset.parallel import cache_sharding
 from jaxreset.sampling.rounds import StopReason
 from jaxreset.sampling.tokens import Draws, draw_token, row_keys
@@ -91,22 +90,22 @@ class Drawn(NamedTuple):
 @partial(jax.jit, static_argnames=("graph", "mesh"))
 def prefill(
     params: nnx.State, tokens: Array, *, graph: nnx.GraphDef, mesh: Mesh | None = None
-) -> KV:
+) -> Store:
     """The prefix store of right-padded prompts `[N, P]`."""
     return _constrain(nnx.merge(graph, params).prefill(tokens), mesh)
 
 
 @partial(jax.jit, static_argnames=("size", "mesh"))
 def fork(
-    prefix: KV,
-    suffix: KV,
+    prefix: Store,
+    suffix: Store,
     prefix_lengths: Array,
     groups: Array,
     rows: Array,
     *,
     size: int,
     mesh: Mesh | None = None,
-) -> KV:
+) -> Store:
     """Prefix stores of `size` slots for reset groups, gathered once per group from a round's stores.
 
     Args:
@@ -118,8 +117,8 @@ def fork(
     """
     slots = jnp.arange(size)[None]  # [1, P']
     held = prefix_lengths[groups][:, None] - 1  # slots in the parent's prefix store
-    in_prefix = jnp.minimum(slots, prefix.keys.shape[-1] - 1)
-    in_suffix = jnp.clip(slots - held, 0, suffix.keys.shape[-1] - 1)
+    in_prefix = jnp.minimum(slots, prefix[0].keys.shape[-1] - 1)
+    in_suffix = jnp.clip(slots - held, 0, suffix[0].keys.shape[-1] - 1)
     group, row = groups[:, None], rows[:, None]
 
     def layer(prefix: KV, suffix: KV) -> KV:
@@ -135,19 +134,32 @@ def fork(
         )
         return KV(jnp.moveaxis(keys, 1, 3), jnp.moveaxis(values, 1, 2))
 
-    return _constrain(_by_layer(layer, prefix, suffix), mesh)
+    # One layer at a time: to gather a whole cache at once would double its memory.
+    stacks = zip(prefix, suffix, strict=True)
+    forked = tuple(jax.lax.map(lambda layers: layer(*layers), stack) for stack in stacks)
+    return _constrain(forked, mesh)
+
+
+@partial(jax.jit, donate_argnames="store")
+def overlay(store: Store, other: Store, chosen: Array) -> Store:
+    """`store` with the groups of `other` that are `chosen` `[N]`."""
+    return jax.tree.map(
+        lambda old, new: jnp.where(chosen.reshape(1, -1, *[1] * (old.ndim - 2)), new, old),
+        store,
+        other,
+    )
 
 
 @partial(jax.jit, static_argnames=("graph", "mesh"))
 def extend(
     params: nnx.State,
-    prefix: KV,
+    prefix: Store,
     prefix_lengths: Array,
     tokens: Array,
     *,
     graph: nnx.GraphDef,
     mesh: Mesh | None = None,
-) -> KV:
+) -> Store:
     """The prefix store with more tokens behind each prefix; only those run through the network.
 
     Args:
@@ -158,23 +170,23 @@ def extend(
     """
     model: Decoder = nnx.merge(graph, params)
     added = model.extend(tokens, prefix, prefix_lengths - 1)
-    groups, size = jnp.arange(len(tokens)), prefix.keys.shape[-1]
+    groups, size = jnp.arange(len(tokens)), prefix[0].keys.shape[-1]
     return fork(prefix, added, prefix_lengths, groups, jnp.zeros_like(groups), size=size, mesh=mesh)
 
 
 # The prefix is kept as an argument so that the result is committed to its device where the prefix is:
 # a program is compiled anew for the other kind.
 @partial(jax.jit, static_argnames=("rows", "size", "mesh"), keep_unused=True)
-def empty_suffix(prefix: KV, *, rows: int, size: int, mesh: Mesh | None = None) -> KV:
+def empty_suffix(prefix: Store, *, rows: int, size: int, mesh: Mesh | None = None) -> Store:
     """A zeroed suffix store of N × K × S slots beside a prefix store."""
-    layers, groups, heads, width, _ = prefix.keys.shape
-    around = layers, groups, rows, heads
-    dtype = prefix.keys.dtype
-    keys, values = (
-        jnp.zeros((*around, width, size), dtype),
-        jnp.zeros((*around, size, width), dtype),
-    )
-    return _constrain(KV(keys, values), mesh)
+
+    def empty(stack: KV) -> KV:
+        layers, groups, heads, width, _ = stack.keys.shape
+        around = layers, groups, rows, heads
+        shapes = (*around, width, size), (*around, size, width)
+        return KV(*(jnp.zeros(shape, stack.keys.dtype) for shape in shapes))
+
+    return _constrain(tuple(empty(stack) for stack in prefix), mesh)
 
 
 @partial(
@@ -184,8 +196,8 @@ def empty_suffix(prefix: KV, *, rows: int, size: int, mesh: Mesh | None = None) 
 )
 def decode(
     params: nnx.State,
-    prefix: KV,
-    suffix: KV,
+    prefix: Store,
+    suffix: Store,
     lanes: Lanes,
     automaton: StepAutomaton,
     limits: Limits,
@@ -196,7 +208,7 @@ def decode(
     window: int,
     prefix_window: int,
     mesh: Mesh | None = None,
-) -> tuple[Drawn, KV]:
+) -> tuple[Drawn, Store]:
     """Advances lanes until at most `leave` of them can go on; the others have ended or filled the window.
 
     Args:
@@ -212,9 +224,9 @@ def decode(
       What was drawn, and `suffix` with the keys and values of all tokens that were fed.
     """
     model: Decoder = nnx.merge(graph, params)
-    head, size = model.head, suffix.keys.shape[-1]
+    head, size = model.head, suffix[0].keys.shape[-1]
     shape = lanes.live.shape
-    in_place = shape == suffix.keys.shape[1:3]
+    in_place = shape == suffix[0].keys.shape[1:3]
     keys = row_keys(draws, lanes.ids, lanes.numbers)
     used = lanes.used[:, None]
     lane_index = jnp.indices(shape)
@@ -222,10 +234,10 @@ def decode(
     def able(drawn: Drawn) -> Array:
         return (drawn.reasons == StopReason.RUNNING) & (drawn.lengths < window)
 
-    def going_on(state: tuple[Drawn, KV]) -> Array:
+    def going_on(state: tuple[Drawn, Store]) -> Array:
         return able(state[0]).sum() > leave
 
-    def step(state: tuple[Drawn, KV]) -> tuple[Drawn, KV]:
+    def step(state: tuple[Drawn, Store]) -> tuple[Drawn, Store]:
         drawn, own = state
         live = able(drawn)
         # A lane that can't go on writes the slot after its last token, which nothing needs.
@@ -299,46 +311,52 @@ def decode(
     if in_place and window == size:
         saved = own
     elif in_place:
-        saved = KV(
-            suffix.keys.at[..., :window].set(own.keys),
-            suffix.values.at[..., :window, :].set(own.values),
-        )
+        saved = tuple(_put(*stacks, window) for stacks in zip(suffix, own, strict=True))
     else:
         saved = _save(suffix, own, lanes, window)
     return drawn, _constrain(saved, mesh)
 
 
-def _by_layer(function: Callable[..., KV], *stores: KV) -> KV:
-    """One layer at a time: to gather a whole cache at once would double its memory."""
-    return jax.lax.map(lambda layers: function(*layers), stores)
-
-
-def _window(store: KV, window: int) -> KV:
+def _window(store: Store, window: int) -> Store:
     """The first slots of a store."""
-    return KV(store.keys[..., :window], store.values[..., :window, :])
+    return tuple(KV(s.keys[..., :window], s.values[..., :window, :]) for s in store)
 
 
-def _load(store: KV, lanes: Lanes, window: int) -> KV:
+def _put(stack: KV, own: KV, window: int) -> KV:
+    return KV(
+        stack.keys.at[..., :window].set(own.keys), stack.values.at[..., :window, :].set(own.values)
+    )
+
+
+def _load(store: Store, lanes: Lanes, window: int) -> Store:
     """The lanes' first slots: N × K × S slots -> M × K' × W."""
     cells = lanes.groups[:, None], lanes.rows
+
     # One gather of slices: to cut the window first, or take layer by layer, would copy the store.
-    return KV(
-        store.keys.at[:, *cells, :, :, :window].get(mode="promise_in_bounds"),
-        store.values.at[:, *cells, :, :window].get(mode="promise_in_bounds"),
-    )
+    def load(stack: KV) -> KV:
+        return KV(
+            stack.keys.at[:, *cells, :, :, :window].get(mode="promise_in_bounds"),
+            stack.values.at[:, *cells, :, :window].get(mode="promise_in_bounds"),
+        )
+
+    return tuple(load(stack) for stack in store)
 
 
-def _save(store: KV, own: KV, lanes: Lanes, window: int) -> KV:
+def _save(store: Store, own: Store, lanes: Lanes, window: int) -> Store:
     """Writes the lanes' first slots back to the store."""
-    nowhere = store.keys.shape[1]  # out of range: not written
+    nowhere = store[0].keys.shape[1]  # out of range: not written
     cells = jnp.where(lanes.live, lanes.groups[:, None], nowhere), lanes.rows
-    return KV(
-        store.keys.at[:, *cells, :, :, :window].set(own.keys, mode="drop"),
-        store.values.at[:, *cells, :, :window].set(own.values, mode="drop"),
-    )
+
+    def save(stack: KV, own: KV) -> KV:
+        return KV(
+            stack.keys.at[:, *cells, :, :, :window].set(own.keys, mode="drop"),
+            stack.values.at[:, *cells, :, :window].set(own.values, mode="drop"),
+        )
+
+    return tuple(save(*stacks) for stacks in zip(store, own, strict=True))
 
 
-def _constrain(cache: KV, mesh: Mesh | None) -> KV:
+def _constrain(cache: Store, mesh: Mesh | None) -> Store:
     if mesh is None:
         return cache
     return jax.tree.map(

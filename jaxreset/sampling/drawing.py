@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxreset.models.decoder import KV
+from jaxreset.models.decoder import Store
 from jaxreset.sampling.decoding import Drawn, Lanes
 from jaxreset.sampling.rounds import StopReason
 from jaxreset.sampling.schedule import Batch, Costs, LaneShape, next_batch
@@ -34,6 +34,13 @@ class Start(NamedTuple):
     live: np.ndarray
 
 
+def pad_start(start: Start, groups: int) -> Start:
+    """With padding up to so many groups, whose rows have ended."""
+    missing = groups - len(start.live)
+    padded = jax.tree.map(lambda x: np.pad(x, (0, missing)), start)
+    return padded._replace(prefix_lengths=np.maximum(padded.prefix_lengths, 1))
+
+
 class Spent(NamedTuple):
     """What a round cost: decoding steps times lanes, idle ones too, and times prefixes read."""
 
@@ -53,20 +60,20 @@ class Rows(NamedTuple):
     reasons: np.ndarray
 
 
-Decode = Callable[[KV, Lanes, int, LaneShape], tuple[Drawn, KV]]
+Decode = Callable[[Store, Lanes, int, LaneShape], tuple[Drawn, Store]]
 
 
 def draw_rows(
     decode: Decode,
     start: Start,
-    suffix: KV,
+    suffix: Store,
     shapes: list[LaneShape],
     *,
     rows: int,
     size: int,
     costs: Costs,
     dtype: np.dtype,
-) -> tuple[Rows, KV, Spent]:
+) -> tuple[Rows, Store, Spent]:
     """Decodes until every row has ended.
 
     Args:

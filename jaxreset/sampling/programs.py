@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxreset.models.decoder import KV, DecoderConfig
+from jaxreset.models.decoder import Decoder, DecoderConfig, Store, unstack, unstacked_graph
 from jaxreset.models.policy import Policy
 from jaxreset.parallel import decode_shardings, rows_sharding
 from jaxreset.sampling import decoding
 from jaxreset.sampling.decoding import Drawn, Lanes, Limits
 from jaxreset.sampling.drawing import Decode, Rows, Spent, Start, draw_rows, idle_lanes
-from jaxreset.sampling.rounds import Shape, Snapshot
+from jaxreset.sampling.rounds import Held, Shape, Snapshot
 from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes
+from jaxreset.sampling.streams import LARGE_WEIGHTS, cores
 from jaxreset.sampling.tokens import Draws
 from jaxreset.steps import StepAutomaton
 
@@ -28,6 +30,10 @@ ATTENTION_RATE = 10.0
 CPU_SLOTS = 32  # more lanes make none cheaper there: their keys and values leave the cache
 
 
+Layout = tuple[nnx.GraphDef[Decoder], nnx.State]
+_LAYOUTS: WeakKeyDictionary[Policy, dict[Mesh | None, Layout]] = WeakKeyDictionary()
+
+
 class Programs:
     """Prefill, fork and decode, with their arguments put on the devices.
 
@@ -35,86 +41,119 @@ class Programs:
       automaton: the step table.
       limits: when responses end.
       slots: most rows that decode at once; None: as many as make a row cheaper.
+      streams: threads that draw a round; None: see `streams`.
       mesh: that the arrays lie on; None: one device.
     """
 
     def __init__(
-        self, automaton: StepAutomaton, limits: Limits, *, slots: int | None, mesh: Mesh | None
+        self,
+        automaton: StepAutomaton,
+        limits: Limits,
+        *,
+        slots: int | None,
+        streams: int | None,
+        mesh: Mesh | None,
     ):
         self._automaton = jax.device_put(automaton)
         self._limits = limits
         self._mesh = mesh
         self._rows = None if mesh is None else rows_sharding(mesh)
-        self._layout: tuple[nnx.State, nnx.State] | None = None
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         self._on_cpu = device.platform == "cpu"
-        self._slots = CPU_SLOTS if slots is None and self._on_cpu else slots
+        self._slots = slots
+        self._streams = streams
 
-    def prefill(self, policy: Policy, shape: Shape, prefixes: Sequence[np.ndarray]) -> KV:
+    def streams(self, policy: Policy) -> int:
+        """Threads that draw a round."""
+        if self._streams is not None:
+            return self._streams
+        if self._mesh is not None or not self._on_cpu:
+            return 1
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(policy.params))
+        return 1 if weights > LARGE_WEIGHTS else cores()
+
+    def part(self, policy: Policy, shape: Shape) -> Shape:
+        """Sizes of what one stream draws of a round."""
+        return shape._replace(groups=-(-shape.groups // self.streams(policy)))
+
+    def prefill(self, policy: Policy, shape: Shape, prefixes: Sequence[np.ndarray]) -> Store:
         """The prefix store of at most N prefixes."""
         tokens = np.zeros((shape.groups, shape.prefix), np.int32)
         for n, prefix in enumerate(prefixes):
             tokens[n, : len(prefix)] = prefix
         tokens = jax.device_put(tokens, self._rows)
-        params = self._laid_out(policy)
-        return decoding.prefill(params, tokens, graph=policy.graph, mesh=self._mesh)
+        graph, params = self._laid_out(policy)
+        return decoding.prefill(params, tokens, graph=graph, mesh=self._mesh)
 
-    def fork(self, cache: tuple[KV, KV], shape: Shape, snapshots: Sequence[Snapshot]) -> KV:
+    def fork(self, held: Sequence[Held], shape: Shape, snapshots: Sequence[Snapshot]) -> Store:
         """The prefix store of snapshots of one round, from its caches."""
-        groups, rows = np.zeros((2, shape.groups), np.int32)
-        groups[: len(snapshots)] = [s.group for s in snapshots]
-        rows[: len(snapshots)] = [s.row for s in snapshots]
-        lengths = np.zeros(cache[0].keys.shape[1], np.int32)
-        for s in snapshots:
-            lengths[s.group] = len(s.round.prefixes[s.group])
-        chosen = jax.device_put((lengths, groups, rows), self._rows)
-        return decoding.fork(*cache, *chosen, size=shape.prefix, mesh=self._mesh)
+        store = None
+        for source in held:
+            chosen = np.zeros(shape.groups, bool)
+            groups, rows = np.zeros((2, shape.groups), np.int32)
+            lengths = np.ones(source.prefix[0].keys.shape[1], np.int32)
+            for n, s in enumerate(snapshots):
+                if s.group in source.groups:
+                    chosen[n], rows[n] = True, s.row
+                    groups[n] = s.group - source.groups.start
+                    lengths[groups[n]] = len(s.round.prefixes[s.group])
+            if store is not None and snapshots and not chosen.any():
+                continue  # but where all is compiled, on no snapshots
+            places = jax.device_put((lengths, groups, rows), self._rows)
+            forked = decoding.fork(
+                source.prefix, source.suffix, *places, size=shape.prefix, mesh=self._mesh
+            )
+            store = forked if store is None else decoding.overlay(store, forked, chosen)
+        assert store is not None  # a held round has at least one part
+        return store
 
     def extend(
         self,
         policy: Policy,
-        prefix: KV,
+        prefix: Store,
         prefixes: Sequence[np.ndarray],
         questions: Sequence[np.ndarray],
         size: int,
-    ) -> KV:
+    ) -> Store:
         """The prefix store with at most `size` tokens put behind each prefix."""
-        groups = prefix.keys.shape[1]
+        groups = prefix[0].keys.shape[1]
         lengths, tokens = np.ones(groups, np.int32), np.zeros((groups, size), np.int32)
         for n, (kept, question) in enumerate(zip(prefixes, questions, strict=True)):
             lengths[n] = len(kept)
             tokens[n, : len(question)] = [kept[-1], *question[:-1]]
         lengths, tokens = jax.device_put((lengths, tokens), self._rows)
-        params = self._laid_out(policy)
-        return decoding.extend(params, prefix, lengths, tokens, graph=policy.graph, mesh=self._mesh)
+        graph, params = self._laid_out(policy)
+        return decoding.extend(params, prefix, lengths, tokens, graph=graph, mesh=self._mesh)
 
     def draw(
-        self, policy: Policy, shape: Shape, prefix: KV, start: Start, draws: Draws
-    ) -> tuple[Rows, KV, Spent]:
+        self, policy: Policy, shape: Shape, prefix: Store, start: Start, draws: Draws
+    ) -> tuple[Rows, Store, Spent]:
         """All rows of a round, its suffix store and what was spent; see `drawing.draw_rows`."""
         return draw_rows(
             self._decode(policy, prefix, draws),
             start,
             self.empty_suffix(shape, prefix),
-            self._lane_shapes(shape),
+            self._lane_shapes(policy, shape),
             rows=shape.rows,
             size=shape.suffix,
             costs=self._costs(policy.config),
             dtype=np.dtype(jnp.promote_types(policy.config.dtype, jnp.float32)),
         )
 
-    def compile_draw(self, policy: Policy, shape: Shape, prefix: KV, draws: Draws) -> KV:
+    def compile_draw(self, policy: Policy, shape: Shape, prefix: Store, draws: Draws) -> Store:
         """Compiles all that `draw` may need; returns an empty suffix store."""
         suffix = self.empty_suffix(shape, prefix)
-        for lanes in self._lane_shapes(shape):
+        for lanes in self._lane_shapes(policy, shape):
             _, suffix = self._decode(policy, prefix, draws)(suffix, idle_lanes(lanes), 0, lanes)
         return suffix
 
-    def _decode(self, policy: Policy, prefix: KV, draws: Draws) -> Decode:
+    def _decode(self, policy: Policy, prefix: Store, draws: Draws) -> Decode:
         """`decoding.decode`, with what changes from segment to segment left open."""
-        params = self._laid_out(policy)
+        graph, params = self._laid_out(policy)
 
-        def decode(suffix: KV, lanes: Lanes, leave: int, shape: LaneShape) -> tuple[Drawn, KV]:
+        def decode(
+            suffix: Store, lanes: Lanes, leave: int, shape: LaneShape
+        ) -> tuple[Drawn, Store]:
             return decoding.decode(
                 params,
                 prefix,
@@ -124,7 +163,7 @@ class Programs:
                 self._limits,
                 draws,
                 np.int32(leave),
-                graph=policy.graph,
+                graph=graph,
                 window=shape.window,
                 prefix_window=shape.prefix,
                 mesh=self._mesh,
@@ -132,13 +171,16 @@ class Programs:
 
         return decode
 
-    def empty_suffix(self, shape: Shape, prefix: KV) -> KV:
+    def empty_suffix(self, shape: Shape, prefix: Store) -> Store:
         """A round's suffix store before anything is drawn."""
         return decoding.empty_suffix(prefix, rows=shape.rows, size=shape.suffix, mesh=self._mesh)
 
-    def _lane_shapes(self, shape: Shape) -> list[LaneShape]:
+    def _lane_shapes(self, policy: Policy, part: Shape) -> list[LaneShape]:
         shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        return lane_shapes(*shape, slots=self._slots, shards=shards)
+        slots = CPU_SLOTS if self._on_cpu else None
+        if self._slots is not None:
+            slots = max(self._slots // self.streams(policy), 1)
+        return lane_shapes(*part, slots=slots, shards=shards)
 
     def _costs(self, model: DecoderConfig) -> Costs:
         attention = 2 * model.heads * model.head_dim
@@ -149,14 +191,19 @@ class Programs:
         slot = ATTENTION_RATE * model.layers * attention / products
         return Costs(CPU_STEP if self._on_cpu else ACCELERATOR_STEP, slot)
 
-    def _laid_out(self, policy: Policy) -> nnx.State:
-        """The parameters as decoding wants them; laid out once for each policy."""
-        if self._mesh is None:
-            return policy.params
-        if self._layout is None or self._layout[0] is not policy.params:
-            shardings = decode_shardings(self._mesh, policy.params)
-            self._layout = policy.params, jax.device_put(policy.params, shardings)
-        return self._layout[1]
+    def _laid_out(self, policy: Policy) -> Layout:
+        """The policy as decoding wants it; samplers on one mesh share the copy."""
+        if self._mesh is None and not self._on_cpu:
+            return policy.graph, policy.params
+        layouts = _LAYOUTS.setdefault(policy, {})
+        if self._mesh not in layouts:
+            graph, params = policy.graph, policy.params
+            if self._on_cpu:
+                graph, params = unstacked_graph(policy.config), unstack(params, graph=graph)
+            if self._mesh is not None:
+                params = jax.device_put(params, decode_shardings(self._mesh, params))
+            layouts[self._mesh] = graph, params
+        return layouts[self._mesh]
 
 
 def cache_bytes(model: DecoderConfig, shape: Shape) -> int:

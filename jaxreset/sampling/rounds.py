@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxreset.models.decoder import KV
+from jaxreset.models.decoder import Store
 
 
 class StopReason(enum.IntEnum):
@@ -44,6 +44,14 @@ class Stream(NamedTuple):
     phase: int = 0
 
 
+class Held(NamedTuple):
+    """Keys and values of a round on the device: of those `groups` that one stream drew."""
+
+    groups: range
+    prefix: Store
+    suffix: Store
+
+
 @dataclass(frozen=True, eq=False)  # rounds are told apart by identity
 class Round:
     """N groups of K rows each; every row continues its group's prefix.
@@ -61,8 +69,7 @@ class Round:
       shape: sizes of its caches; the group axis may be padded.
       lane_steps: decoding steps times lanes; what `lengths.sum()` falls short of it was idle.
       prefix_reads: decoding steps times the prefixes that were attended to.
-      cache: prefix and suffix keys and values on the device, see `models.decoder`; None: not held, so
-        that `resume` prefills.
+      held: its keys and values; none: `resume` prefills.
     """
 
     ids: np.ndarray
@@ -77,7 +84,7 @@ class Round:
     shape: Shape
     lane_steps: int
     prefix_reads: int
-    cache: tuple[KV, KV] | None
+    held: tuple[Held, ...]
 
     def suffix(self, group: int, row: int) -> np.ndarray:
         """The tokens that a row drew."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxreset.models.decoder import KV
+from jaxreset.models.decoder import Store
 from jaxreset.models.policy import Policy
 from jaxreset.parallel import device_bytes
 from jaxreset.sampling.checks import (
@@ -20,9 +21,10 @@ from jaxreset.sampling.checks import (
     check_snapshots,
 )
 from jaxreset.sampling.decoding import Limits
-from jaxreset.sampling.drawing import Start
+from jaxreset.sampling.drawing import Rows, Spent, Start, pad_start
 from jaxreset.sampling.programs import Programs, cache_bytes
-from jaxreset.sampling.rounds import Round, Shape, Snapshot, Stream
+from jaxreset.sampling.rounds import Held, Round, Shape, Snapshot, Stream
+from jaxreset.sampling.streams import deal, run_side_by_side
 from jaxreset.sampling.tokens import Draws
 from jaxreset.steps import (
     Progress,
@@ -69,6 +71,8 @@ class Sampler:
       forks: (parent, child) sizes for `resume`; a parent is one of `shapes` or an earlier child.
       slots: most rows that decode at once; the others wait for a place. None: 32 on CPU, where more
         make none cheaper, and all elsewhere.
+      streams: threads that each draw some of a round's groups. None: on CPU one a core, unless the
+        weights are large, and one elsewhere.
       question_tokens: most tokens that `resume` may put behind a snapshot; 0: it gets no questions.
       hold_cache: whether a round keeps its keys and values, so that `resume` gathers its prefixes.
         "never": it prefills them, once per group. "auto": rounds are held that take at most a third of
@@ -85,6 +89,7 @@ class Sampler:
         shapes: Sequence[Shape] | None = None,
         forks: Sequence[tuple[Shape, Shape]] = (),
         slots: int | None = None,
+        streams: int | None = None,
         question_tokens: int = 0,
         hold_cache: HoldCache = "auto",
         mesh: Mesh | None = None,
@@ -105,7 +110,7 @@ class Sampler:
             np.int32(stop.max_step_tokens or 0),
             np.asarray(self.eos_ids or (-1,), np.int32),
         )
-        self._programs = Programs(automaton, limits, slots=slots, mesh=mesh)
+        self._programs = Programs(automaton, limits, slots=slots, streams=streams, mesh=mesh)
 
     @classmethod
     def for_policy(
@@ -124,8 +129,8 @@ class Sampler:
           policy: its tokenizer says how texts are spelt in tokens.
           stop: when responses end.
           delimiter, answer_marker, stop_strings: see `steps.build_automaton`.
-          **options: `shapes`, `forks`, `slots`, `question_tokens`, `hold_cache` and `mesh` of
-            `Sampler`.
+          **options: `shapes`, `forks`, `slots`, `streams`, `question_tokens`, `hold_cache` and
+            `mesh` of `Sampler`.
 
         Raises:
           ValueError: the vocabulary can't spell the delimiter or the answer marker.
@@ -182,9 +187,12 @@ class Sampler:
         ids = range(len(prompts)) if ids is None else ids
         draws = self._draws(stream, temperature, top_p, top_k, max_new)
         shape = self._shape(prefixes, rows, self.shapes)
-        cache = self._programs.prefill(policy, shape, prefixes)
         prompt_lengths = [len(p) - k for p, k in zip(prefixes, kept, strict=True)]
-        return self._draw(policy, shape, cache, prefixes, prompt_lengths, ids, first_rows, draws)
+
+        def prefill(part: Shape, groups: slice) -> Store:
+            return self._programs.prefill(policy, part, prefixes[groups])
+
+        return self._draw(policy, shape, prefill, prefixes, prompt_lengths, ids, first_rows, draws)
 
     def resume(
         self,
@@ -227,15 +235,20 @@ class Sampler:
             prefixes = [np.concatenate(pair) for pair in zip(kept, asked, strict=True)]
             prompt_lengths = [len(p) for p in prefixes]
         shape = self._shape(prefixes, rows, children)
-        if parent.cache is None:
-            cache = self._programs.prefill(policy, shape, prefixes)
-        else:
-            cache = self._programs.fork(parent.cache, shape, snapshots)
-            if asked:
-                size = self.question_tokens
-                cache = self._programs.extend(policy, cache, kept, asked, size)
         ids = [int(parent.ids[s.group]) for s in snapshots]
-        return self._draw(policy, shape, cache, prefixes, prompt_lengths, ids, first_rows, draws)
+
+        def continued(part: Shape, groups: slice) -> Store:
+            if not parent.held:
+                return self._programs.prefill(policy, part, prefixes[groups])
+            cache = self._programs.fork(parent.held, part, snapshots[groups])
+            if not asked:
+                return cache
+            size = self.question_tokens
+            return self._programs.extend(policy, cache, kept[groups], asked[groups], size)
+
+        return self._draw(
+            policy, shape, continued, prefixes, prompt_lengths, ids, first_rows, draws
+        )
 
     def steps(self, response: Tokens) -> list[tuple[int, int]]:
         """Spans [start, end) of a response's steps, in tokens after the prompt."""
@@ -266,49 +279,73 @@ class Sampler:
         Each program runs once on padding, which ends at once.
         """
         draws = self._draws(Stream(0), 1.0, 1.0, 0, None)
-        caches = {}
+        programs, held = self._programs, {}
+
+        def hold(shape: Shape, prefix: Store, suffix: Store) -> None:
+            """As `streams` of which a fork may need any."""
+            part = Held(range(shape.groups), prefix, suffix)
+            held[shape] = [part] * min(programs.streams(policy), shape.groups)
+
         for shape in self.shapes or ():
-            prefix = self._programs.prefill(policy, shape, [])
-            caches[shape] = prefix, self._programs.compile_draw(policy, shape, prefix, draws)
+            part = programs.part(policy, shape)
+            prefix = programs.prefill(policy, part, [])
+            hold(shape, prefix, programs.compile_draw(policy, part, prefix, draws))
         for parent, child in self.forks:
+            part = programs.part(policy, child)
             if self._holds(policy, parent):
-                if parent not in caches:  # another sampler draws it
-                    prefix = self._programs.prefill(policy, parent, [])
-                    caches[parent] = prefix, self._programs.empty_suffix(parent, prefix)
-                prefix = self._programs.fork(caches[parent], child, [])
+                if parent not in held:  # another sampler draws it
+                    above = programs.part(policy, parent)
+                    prefix = programs.prefill(policy, above, [])
+                    hold(parent, prefix, programs.empty_suffix(above, prefix))
+                prefix = programs.fork(held[parent], part, [])
                 if self.question_tokens:
-                    prefix = self._programs.extend(policy, prefix, [], [], self.question_tokens)
+                    prefix = programs.extend(policy, prefix, [], [], self.question_tokens)
             else:
-                prefix = self._programs.prefill(policy, child, [])
-            caches[child] = prefix, self._programs.compile_draw(policy, child, prefix, draws)
+                prefix = programs.prefill(policy, part, [])
+            hold(child, prefix, programs.compile_draw(policy, part, prefix, draws))
 
     def _draw(
         self,
         policy: Policy,
         shape: Shape,
-        prefix: KV,
+        prepare: Callable[[Shape, slice], Store],
         prefixes: list[np.ndarray],
         prompt_lengths: Sequence[int],
         ids: Sequence[int],
         first_rows: Sequence[int] | None,
         draws: Draws,
     ) -> Round:
-        start = self._start(shape, prefixes, prompt_lengths, ids, first_rows)
-        rows, suffix, spent = self._programs.draw(policy, shape, prefix, start, draws)
-        count = len(prefixes)
+        """Draws all rows, in streams; `prepare` makes the prefix store of some of the groups."""
+        programs, part = self._programs, self._programs.part(policy, shape)
+        starts = self._starts(prefixes, prompt_lengths, ids, first_rows)
+
+        def stream(groups: range) -> tuple[Rows, Held, Spent]:
+            chosen = slice(groups.start, groups.stop)
+            start = pad_start(jax.tree.map(lambda x: x[chosen], starts), part.groups)
+            prefix = prepare(part, chosen)
+            rows, suffix, spent = programs.draw(policy, part, prefix, start, draws)
+            rows = jax.tree.map(lambda x: x[: len(groups)], rows)
+            return rows, Held(groups, prefix, suffix), spent
+
+        parts = deal(len(prefixes), programs.streams(policy))
+        drawn, held, spent = zip(
+            *run_side_by_side([partial(stream, p) for p in parts]), strict=True
+        )
+        rows = jax.tree.map(lambda *parts: np.concatenate(parts), *drawn)
         return Round(
             ids=np.asarray(ids, np.int64),
             prefixes=prefixes,
             prompt_lengths=np.asarray(prompt_lengths, np.int64),
-            tokens=rows.tokens[:count],
-            lengths=rows.lengths[:count],
-            behavior_logps=rows.behavior_logps[:count],
-            sampling_logps=rows.sampling_logps[:count],
-            reasons=rows.reasons[:count],
+            tokens=rows.tokens,
+            lengths=rows.lengths,
+            behavior_logps=rows.behavior_logps,
+            sampling_logps=rows.sampling_logps,
+            reasons=rows.reasons,
             version=policy.version,
             shape=shape,
-            **spent._asdict(),
-            cache=(prefix, suffix) if self._holds(policy, shape) else None,
+            lane_steps=sum(s.lane_steps for s in spent),
+            prefix_reads=sum(s.prefix_reads for s in spent),
+            held=held if self._holds(policy, shape) else (),
         )
 
     def _holds(self, policy: Policy, shape: Shape) -> bool:
@@ -318,25 +355,18 @@ class Sampler:
         device = next(iter(jax.tree.leaves(policy.params)[0].devices()))
         return cache_bytes(policy.config, shape) <= HELD_SHARE * self._shards * device_bytes(device)
 
-    def _start(
+    def _starts(
         self,
-        shape: Shape,
         prefixes: list[np.ndarray],
         prompt_lengths: Sequence[int],
         ids: Sequence[int],
         first_rows: Sequence[int] | None,
     ) -> Start:
         count = len(prefixes)
-        lengths, last, numbers, first, used, state, steps, step_tokens = np.zeros(
-            (8, shape.groups), np.int32
-        )
-        answered = np.zeros(shape.groups, bool)
-        lengths[:count] = [len(p) for p in prefixes]
-        lengths[count:] = 1
-        last[:count] = [p[-1] for p in prefixes]
-        numbers[:count] = ids
-        first[:count] = 0 if first_rows is None else first_rows
-        used[:count] = lengths[:count] - np.asarray(prompt_lengths, np.int32)
+        lengths = np.array([len(p) for p in prefixes], np.int32)
+        used = lengths - np.asarray(prompt_lengths, np.int32)
+        state, steps, step_tokens = np.zeros((3, count), np.int32)
+        answered = np.zeros(count, bool)
         for n in np.flatnonzero(used).tolist():
             progress = replay(
                 self.automaton,
@@ -346,13 +376,13 @@ class Sampler:
             state[n], steps[n], step_tokens[n], answered[n] = progress
         return Start(
             prefix_lengths=lengths,
-            last_tokens=last,
-            ids=numbers,
-            first_rows=first,
+            last_tokens=np.array([p[-1] for p in prefixes], np.int32),
+            ids=np.asarray(ids, np.int32),
+            first_rows=np.asarray([0] * count if first_rows is None else first_rows, np.int32),
             progress=Progress(state, steps, step_tokens, answered),
             used=used,
             most=self.stop.max_response - used,
-            live=(np.arange(shape.groups) < count) & (used < self.stop.max_response),
+            live=used < self.stop.max_response,
         )
 
     def _draws(
