@@ -227,8 +227,6 @@ def small_round(prefix, size, rows):
         Draws(f32, f32, i32, i32, *np.zeros((3, 1), np.uint32)[:, 0]),
         i32,
         graph=graph,
-        window=size,
-        prefix_window=prefix,
     )
     return lowered.compile().memory_analysis()
 

@@ -6,8 +6,9 @@ The parameters of the L blocks are stacked on a leading axis, and one block's co
 `scan` in training, a `fori_loop` in decoding, where the cache is carried along. An unstacked decoder
 has each block in a stack of its own: there nothing is sliced, which on CPU is a copy at every token.
 
-A row is always a shared prefix and a suffix of its own, and the last prefix token is the *first input of the row*: the
-hidden state of a row's slot t predicts its t-th suffix token, and the prefix holds one token less.
+A row is always a shared prefix and a suffix of its own, and the last prefix token is the *first input
+of the row*: the hidden state of a row's slot t predicts its t-th suffix token, and the prefix holds one
+token less.
 
     prefix    [ p0 p1 p2 ]           positions 0 1 2      keys and values, once per group
     row input [ p3 s0 s1 s2 ]        positions 3 4 5 6    its own slots 0 1 2 3

@@ -3,14 +3,14 @@
     prefill   prompts [N, P]                      ─▶ prefix store: N times P slots
     fork      a round's stores, rows and lengths  ─▶ prefix store: N' times P' slots
     extend    a prefix store, tokens [N, Q]       ─▶ prefix store with their slots filled
-    decode    both stores, lanes [M, K']          ─▶ more tokens a lane, suffix store: N × K times S slots
+    decode    lanes' prefixes and own slots       ─▶ more tokens a lane, own slots: M × K' times W
 
 A prefix of p tokens has p - 1 slots in its store: the last token is fed again by every row, into the
 row's slot 0. So a prompt and a reset state start in the same way, and prefill needs no logits.
 
 `decode` advances some rows of a round, its *lanes*, which attend to their first W slots. Which rows,
-when, and through how wide a window is decided on the host (`schedule`). It changes no token, since a
-row's random numbers are named by the row itself.
+when, and through how wide a window is decided on the host (`schedule`), and what is moved for it
+(`lanes`). It changes no token, since a row's random numbers are named by the row itself.
 """
 
 from __future__ import annotations
@@ -46,10 +46,17 @@ class Limits(NamedTuple):
     eos: Leaf
 
 
+class Cells(NamedTuple):
+    """Rows of a suffix store, one for each lane: `[M, K]` its group, its row, and which are chosen."""
+
+    groups: Leaf
+    rows: Leaf
+    chosen: Leaf
+
+
 class Lanes(NamedTuple):
     """Rows of a round that decode together: M groups of K lanes that share a prefix.
 
-    groups: [M] the group in the stores.  rows: [M, K] the row of that group.
     prefix_lengths: [M] tokens of the prefix.  ids: [M] the prompt's global index.
     used: [M] kept tokens of the response, at the end of the prefix.
     numbers: [M, K] the row's number among its prompt's rows of this phase.
@@ -57,8 +64,6 @@ class Lanes(NamedTuple):
     progress: [M, K] of the response.  live: [M, K] False for lanes without a row.
     """
 
-    groups: Leaf
-    rows: Leaf
     prefix_lengths: Leaf
     ids: Leaf
     used: Leaf
@@ -174,30 +179,87 @@ def extend(
     return fork(prefix, added, prefix_lengths, groups, jnp.zeros_like(groups), size=size, mesh=mesh)
 
 
+# Moves of keys and values between lanes and the suffix store; see `lanes`.
+
+
 # The prefix is kept as an argument so that the result is committed to its device where the prefix is:
 # a program is compiled anew for the other kind.
-@partial(jax.jit, static_argnames=("rows", "size", "mesh"), keep_unused=True)
-def empty_suffix(prefix: Store, *, rows: int, size: int, mesh: Mesh | None = None) -> Store:
-    """A zeroed suffix store of N × K × S slots beside a prefix store."""
+@partial(jax.jit, static_argnames=("groups", "rows", "size", "mesh"), keep_unused=True)
+def empty(prefix: Store, *, groups: int, rows: int, size: int, mesh: Mesh | None = None) -> Store:
+    """A zeroed store of M × K × S slots beside a prefix store."""
 
-    def empty(stack: KV) -> KV:
-        layers, groups, heads, width, _ = stack.keys.shape
+    def zeros(stack: KV) -> KV:
+        layers, _, heads, width, _ = stack.keys.shape
         around = layers, groups, rows, heads
         shapes = (*around, width, size), (*around, size, width)
         return KV(*(jnp.zeros(shape, stack.keys.dtype) for shape in shapes))
 
-    return _constrain(tuple(empty(stack) for stack in prefix), mesh)
+    return _constrain(tuple(zeros(stack) for stack in prefix), mesh)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("graph", "window", "prefix_window", "mesh"),
-    donate_argnames="suffix",
-)
+@partial(jax.jit, static_argnames=("size", "mesh"))
+def widen(store: Store, *, size: int, mesh: Mesh | None = None) -> Store:
+    """The store with zeroed slots behind its own, `size` in all."""
+
+    def pad(stack: KV) -> KV:
+        more = size - stack.keys.shape[-1]
+        around = [(0, 0)] * (stack.keys.ndim - 2)
+        return KV(
+            jnp.pad(stack.keys, [*around, (0, 0), (0, more)]),
+            jnp.pad(stack.values, [*around, (0, more), (0, 0)]),
+        )
+
+    return _constrain(tuple(pad(stack) for stack in store), mesh)
+
+
+@partial(jax.jit, static_argnames=("size", "mesh"))
+def take(prefix: Store, groups: Array, *, size: int, mesh: Mesh | None = None) -> Store:
+    """The first `size` slots of the prefixes of `groups` [M]."""
+    return _constrain(
+        tuple(
+            KV(stack.keys[:, groups, :, :, :size], stack.values[:, groups, :, :size])
+            for stack in prefix
+        ),
+        mesh,
+    )
+
+
+@partial(jax.jit, static_argnames="mesh", donate_argnames="own")
+def load(store: Store, own: Store, cells: Cells, *, mesh: Mesh | None = None) -> Store:
+    """The lanes' M × K × W slots, those that are chosen read from rows of the store."""
+    window = own[0].keys.shape[-1]
+    # Lanes that aren't chosen all read one row, which costs little.
+    row = jax.tree.map(lambda x: jnp.where(cells.chosen, x, 0), (cells.groups, cells.rows))
+    chosen = cells.chosen[..., None, None, None]
+
+    def read(stack: KV, own: KV) -> KV:
+        keys = stack.keys.at[:, *row, :, :, :window].get(mode="promise_in_bounds")
+        values = stack.values.at[:, *row, :, :window].get(mode="promise_in_bounds")
+        return KV(jnp.where(chosen, keys, own.keys), jnp.where(chosen, values, own.values))
+
+    return _constrain(tuple(read(*stacks) for stacks in zip(store, own, strict=True)), mesh)
+
+
+@partial(jax.jit, static_argnames="mesh", donate_argnames="store")
+def save(store: Store, own: Store, cells: Cells, *, mesh: Mesh | None = None) -> Store:
+    """The store, the chosen lanes' slots written to their rows."""
+    window, nowhere = own[0].keys.shape[-1], store[0].keys.shape[1]
+    row = jnp.where(cells.chosen, cells.groups, nowhere), cells.rows  # out of range: not written
+
+    def write(stack: KV, own: KV) -> KV:
+        return KV(
+            stack.keys.at[:, *row, :, :, :window].set(own.keys, mode="drop"),
+            stack.values.at[:, *row, :, :window].set(own.values, mode="drop"),
+        )
+
+    return _constrain(tuple(write(*stacks) for stacks in zip(store, own, strict=True)), mesh)
+
+
+@partial(jax.jit, static_argnames=("graph", "mesh"), donate_argnames="own")
 def decode(
     params: nnx.State,
-    prefix: Store,
-    suffix: Store,
+    shared: Store,
+    own: Store,
     lanes: Lanes,
     automaton: StepAutomaton,
     limits: Limits,
@@ -205,28 +267,25 @@ def decode(
     leave: Leaf,
     *,
     graph: nnx.GraphDef,
-    window: int,
-    prefix_window: int,
     mesh: Mesh | None = None,
 ) -> tuple[Drawn, Store]:
     """Advances lanes until at most `leave` of them can go on; the others have ended or filled the window.
 
     Args:
       params: the decoder's.
-      prefix, suffix: stores of N × P and N × K × S slots; `suffix` is donated.
-      lanes: M groups of K'. As many as the round has rows are those rows, each in its own place.
+      shared, own: the lanes' prefixes, M × P slots, and their own, M × K × W slots; `own` is donated.
+        No live lane has more than W tokens.
+      lanes: M groups of K.
       automaton, limits, draws: when rows end, and how tokens are drawn.
-      window: W, slots of a row that are attended to; no live lane has more than W tokens.
-      prefix_window: slots of a prefix that are attended to; no live lane's prefix has more.
+      leave: lanes that may be left able to go on.
       mesh: that the stores lie on.
 
     Returns:
-      What was drawn, and `suffix` with the keys and values of all tokens that were fed.
+      What was drawn, and `own` with the keys and values of all tokens that were fed.
     """
     model: Decoder = nnx.merge(graph, params)
-    head, size = model.head, suffix[0].keys.shape[-1]
+    head, window = model.head, own[0].keys.shape[-1]
     shape = lanes.live.shape
-    in_place = shape == suffix[0].keys.shape[1:3]
     keys = row_keys(draws, lanes.ids, lanes.numbers)
     used = lanes.used[:, None]
     lane_index = jnp.indices(shape)
@@ -257,7 +316,7 @@ def decode(
                 step_ended & progress.answered,
                 step_ended & (progress.steps >= limits.max_steps),
                 step_ended & (limits.max_response - total < limits.room),
-                (lengths >= jnp.minimum(draws.max_new, size)) | (total >= limits.max_response),
+                (lengths >= draws.max_new) | (total >= limits.max_response),
             ],
             [
                 StopReason.EOS,
@@ -301,59 +360,8 @@ def decode(
         reasons=jnp.where(lanes.live, StopReason.RUNNING, StopReason.LENGTH),
         steps=jnp.int32(0),
     )
-    shared = _window(prefix, prefix_window)
-    if in_place:
-        own = _window(suffix, window)
-    else:
-        shared = jax.tree.map(lambda store: store[:, lanes.groups], shared)
-        own = _load(suffix, lanes, window)
     drawn, own = jax.lax.while_loop(going_on, step, (start, own))
-    if in_place and window == size:
-        saved = own
-    elif in_place:
-        saved = tuple(_put(*stacks, window) for stacks in zip(suffix, own, strict=True))
-    else:
-        saved = _save(suffix, own, lanes, window)
-    return drawn, _constrain(saved, mesh)
-
-
-def _window(store: Store, window: int) -> Store:
-    """The first slots of a store."""
-    return tuple(KV(s.keys[..., :window], s.values[..., :window, :]) for s in store)
-
-
-def _put(stack: KV, own: KV, window: int) -> KV:
-    return KV(
-        stack.keys.at[..., :window].set(own.keys), stack.values.at[..., :window, :].set(own.values)
-    )
-
-
-def _load(store: Store, lanes: Lanes, window: int) -> Store:
-    """The lanes' first slots: N × K × S slots -> M × K' × W."""
-    cells = lanes.groups[:, None], lanes.rows
-
-    # One gather of slices: to cut the window first, or take layer by layer, would copy the store.
-    def load(stack: KV) -> KV:
-        return KV(
-            stack.keys.at[:, *cells, :, :, :window].get(mode="promise_in_bounds"),
-            stack.values.at[:, *cells, :, :window].get(mode="promise_in_bounds"),
-        )
-
-    return tuple(load(stack) for stack in store)
-
-
-def _save(store: Store, own: Store, lanes: Lanes, window: int) -> Store:
-    """Writes the lanes' first slots back to the store."""
-    nowhere = store[0].keys.shape[1]  # out of range: not written
-    cells = jnp.where(lanes.live, lanes.groups[:, None], nowhere), lanes.rows
-
-    def save(stack: KV, own: KV) -> KV:
-        return KV(
-            stack.keys.at[:, *cells, :, :, :window].set(own.keys, mode="drop"),
-            stack.values.at[:, *cells, :, :window].set(own.values, mode="drop"),
-        )
-
-    return tuple(save(*stacks) for stacks in zip(store, own, strict=True))
+    return drawn, _constrain(own, mesh)
 
 
 def _constrain(cache: Store, mesh: Mesh | None) -> Store:

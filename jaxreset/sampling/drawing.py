@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from jaxreset.models.decoder import Store
-from jaxreset.sampling.decoding import Drawn, Lanes
+from jaxreset.sampling.decoding import Cells, Drawn, Lanes
+from jaxreset.sampling.lanes import LaneCache
 from jaxreset.sampling.rounds import StopReason
 from jaxreset.sampling.schedule import Batch, Costs, LaneShape, next_batch
 from jaxreset.steps import Progress
@@ -60,34 +61,34 @@ class Rows(NamedTuple):
     reasons: np.ndarray
 
 
-Decode = Callable[[Store, Lanes, int, LaneShape], tuple[Drawn, Store]]
+Decode = Callable[[Store, Store, Lanes, int], tuple[Drawn, Store]]
 
 
 def draw_rows(
     decode: Decode,
     start: Start,
-    suffix: Store,
+    cache: LaneCache,
     shapes: list[LaneShape],
     *,
     rows: int,
     size: int,
     costs: Costs,
     dtype: np.dtype,
-) -> tuple[Rows, Store, Spent]:
+) -> tuple[Rows, Spent]:
     """Decodes until every row has ended.
 
     Args:
-      decode: `decoding.decode` with all but its store, lanes, `leave` and sizes.
+      decode: `decoding.decode` with all but its stores, lanes and `leave`.
       start: of the round's groups.
-      suffix: the round's empty store; used up.
+      cache: of the round, empty; it holds its keys and values in the end.
       shapes, costs: see `schedule.next_batch`.
       rows, size: K and S.
       dtype: of log-probabilities.
 
     Returns:
-      The rows, the filled store, and what was spent.
+      The rows, and what was spent.
     """
-    state, spent = _first(start, rows, size, dtype), Spent()
+    state, spent, batch = _first(start, rows, size, dtype), Spent(), None
     while batch := next_batch(
         state.lengths,
         state.reasons == StopReason.RUNNING,
@@ -95,14 +96,17 @@ def draw_rows(
         start.prefix_lengths,
         shapes,
         costs=costs,
+        before=batch,
     ):
-        drawn, suffix = decode(suffix, _lanes(start, state, batch), batch.leave, batch.shape)
+        shared, own = cache.enter(batch, state.lengths)
+        drawn, own = decode(shared, own, _lanes(start, state, batch), batch.leave)
+        cache.leave(own)
         drawn = jax.device_get(drawn)
         _record(state, batch, drawn)
         steps = int(drawn.steps)
         lanes, prefixes = steps * batch.live.size, steps * batch.shape.groups
         spent = Spent(spent.lane_steps + lanes, spent.prefix_reads + prefixes)
-    return state, suffix, spent
+    return state, spent
 
 
 def idle_lanes(shape: LaneShape) -> Lanes:
@@ -111,7 +115,13 @@ def idle_lanes(shape: LaneShape) -> Lanes:
     group, lane = np.zeros(m, np.int32), np.zeros((m, k), np.int32)
     none = np.zeros((m, k), bool)
     progress = Progress(lane, lane, lane, none)
-    return Lanes(group, lane, group + 1, group, group, lane, lane, lane, progress, none)
+    return Lanes(group + 1, group, group, lane, lane, lane, progress, none)
+
+
+def idle_cells(shape: LaneShape) -> Cells:
+    """No row for any lane: nothing is moved."""
+    lane = np.zeros((shape.groups, shape.rows), np.int32)
+    return Cells(lane, lane, lane.astype(bool))
 
 
 def _first(start: Start, rows: int, size: int, dtype: np.dtype) -> Rows:
@@ -135,8 +145,6 @@ def _lanes(start: Start, state: Rows, batch: Batch) -> Lanes:
     groups = batch.groups
     cells = groups[:, None], batch.rows
     return Lanes(
-        groups=groups,
-        rows=batch.rows,
         prefix_lengths=start.prefix_lengths[groups],
         ids=start.ids[groups],
         used=start.used[groups],

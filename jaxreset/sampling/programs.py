@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import jax
@@ -15,8 +16,17 @@ from jaxreset.models.decoder import Decoder, DecoderConfig, Store, unstack, unst
 from jaxreset.models.policy import Policy
 from jaxreset.parallel import decode_shardings, rows_sharding
 from jaxreset.sampling import decoding
-from jaxreset.sampling.decoding import Drawn, Lanes, Limits
-from jaxreset.sampling.drawing import Decode, Rows, Spent, Start, draw_rows, idle_lanes
+from jaxreset.sampling.decoding import Cells, Drawn, Lanes, Limits
+from jaxreset.sampling.drawing import (
+    Decode,
+    Rows,
+    Spent,
+    Start,
+    draw_rows,
+    idle_cells,
+    idle_lanes,
+)
+from jaxreset.sampling.lanes import LaneCache, Moves
 from jaxreset.sampling.rounds import Held, Shape, Snapshot
 from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes
 from jaxreset.sampling.streams import LARGE_WEIGHTS, cores
@@ -126,54 +136,65 @@ class Programs:
         return decoding.extend(params, prefix, lengths, tokens, graph=graph, mesh=self._mesh)
 
     def draw(
-        self, policy: Policy, shape: Shape, prefix: Store, start: Start, draws: Draws
-    ) -> tuple[Rows, Store, Spent]:
-        """All rows of a round, its suffix store and what was spent; see `drawing.draw_rows`."""
-        return draw_rows(
-            self._decode(policy, prefix, draws),
+        self, policy: Policy, part: Shape, prefix: Store, start: Start, draws: Draws
+    ) -> tuple[Rows, LaneCache, Spent]:
+        """All rows of a round, its keys and values, and what was spent; see `drawing.draw_rows`."""
+        cache = LaneCache(self._moves(prefix), prefix, part[:2], part.suffix)
+        rows, spent = draw_rows(
+            self._decode(policy, draws._replace(max_new=min(draws.max_new, part.suffix))),
             start,
-            self.empty_suffix(shape, prefix),
-            self._lane_shapes(policy, shape),
-            rows=shape.rows,
-            size=shape.suffix,
+            cache,
+            self._lane_shapes(policy, part),
+            rows=part.rows,
+            size=part.suffix,
             costs=self._costs(policy.config),
             dtype=np.dtype(jnp.promote_types(policy.config.dtype, jnp.float32)),
         )
+        return rows, cache, spent
 
-    def compile_draw(self, policy: Policy, shape: Shape, prefix: Store, draws: Draws) -> Store:
+    def compile_draw(self, policy: Policy, part: Shape, prefix: Store, draws: Draws) -> Store:
         """Compiles all that `draw` may need; returns an empty suffix store."""
-        suffix = self.empty_suffix(shape, prefix)
-        for lanes in self._lane_shapes(policy, shape):
-            _, suffix = self._decode(policy, prefix, draws)(suffix, idle_lanes(lanes), 0, lanes)
-        return suffix
+        moves, decode = self._moves(prefix), self._decode(policy, draws)
+        store = moves.empty(*part[:2], part.suffix)
+        shapes = self._lane_shapes(policy, part)
+        for lanes in shapes:
+            groups, cells = np.zeros(lanes.groups, np.int32), idle_cells(lanes)
+            shared = moves.take(prefix, groups, lanes.prefix)
+            own = moves.empty(lanes.groups, lanes.rows, lanes.window)
+            own = moves.load(store, own, cells)
+            _, own = decode(shared, own, idle_lanes(lanes), 0)
+            store = moves.save(store, own, cells)
+            if (lanes.groups, lanes.rows) == part[:2]:
+                for wider in {other.window for other in shapes if other.window > lanes.window}:
+                    moves.widen(own, wider)
+        return store
 
-    def _decode(self, policy: Policy, prefix: Store, draws: Draws) -> Decode:
+    def empty_suffix(self, part: Shape, prefix: Store) -> Store:
+        """A round's suffix store before anything is drawn."""
+        return self._moves(prefix).empty(*part[:2], part.suffix)
+
+    def _decode(self, policy: Policy, draws: Draws) -> Decode:
         """`decoding.decode`, with what changes from segment to segment left open."""
         graph, params = self._laid_out(policy)
 
-        def decode(
-            suffix: Store, lanes: Lanes, leave: int, shape: LaneShape
-        ) -> tuple[Drawn, Store]:
+        def decode(shared: Store, own: Store, lanes: Lanes, leave: int) -> tuple[Drawn, Store]:
             return decoding.decode(
                 params,
-                prefix,
-                suffix,
+                shared,
+                own,
                 jax.device_put(lanes, self._rows),
                 self._automaton,
                 self._limits,
                 draws,
                 np.int32(leave),
                 graph=graph,
-                window=shape.window,
-                prefix_window=shape.prefix,
                 mesh=self._mesh,
             )
 
         return decode
 
-    def empty_suffix(self, shape: Shape, prefix: Store) -> Store:
-        """A round's suffix store before anything is drawn."""
-        return decoding.empty_suffix(prefix, rows=shape.rows, size=shape.suffix, mesh=self._mesh)
+    def _moves(self, prefix: Store) -> Moves:
+        return _Moves(prefix, self._mesh, self._rows)
 
     def _lane_shapes(self, policy: Policy, part: Shape) -> list[LaneShape]:
         shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
@@ -204,6 +225,32 @@ class Programs:
                 params = jax.device_put(params, decode_shardings(self._mesh, params))
             layouts[self._mesh] = graph, params
         return layouts[self._mesh]
+
+
+class _Moves(NamedTuple):
+    """`lanes.Moves` beside a prefix store."""
+
+    prefix: Store
+    mesh: Mesh | None
+    sharding: jax.sharding.Sharding | None
+
+    def empty(self, groups: int, rows: int, window: int) -> Store:
+        return decoding.empty(self.prefix, groups=groups, rows=rows, size=window, mesh=self.mesh)
+
+    def widen(self, store: Store, window: int) -> Store:
+        if store[0].keys.shape[-1] == window:
+            return store
+        return decoding.widen(store, size=window, mesh=self.mesh)
+
+    def save(self, store: Store, own: Store, cells: Cells) -> Store:
+        return decoding.save(store, own, jax.device_put(cells, self.sharding), mesh=self.mesh)
+
+    def load(self, store: Store, own: Store, cells: Cells) -> Store:
+        return decoding.load(store, own, jax.device_put(cells, self.sharding), mesh=self.mesh)
+
+    def take(self, prefix: Store, groups: np.ndarray, window: int) -> Store:
+        groups = jax.device_put(groups, self.sharding)
+        return decoding.take(prefix, groups, size=window, mesh=self.mesh)
 
 
 def cache_bytes(model: DecoderConfig, shape: Shape) -> int:

@@ -319,13 +319,15 @@ class Sampler:
         programs, part = self._programs, self._programs.part(policy, shape)
         starts = self._starts(prefixes, prompt_lengths, ids, first_rows)
 
-        def stream(groups: range) -> tuple[Rows, Held, Spent]:
+        holds = self._holds(policy, shape)
+
+        def stream(groups: range) -> tuple[Rows, Held | None, Spent]:
             chosen = slice(groups.start, groups.stop)
             start = pad_start(jax.tree.map(lambda x: x[chosen], starts), part.groups)
             prefix = prepare(part, chosen)
-            rows, suffix, spent = programs.draw(policy, part, prefix, start, draws)
+            rows, cache, spent = programs.draw(policy, part, prefix, start, draws)
             rows = jax.tree.map(lambda x: x[: len(groups)], rows)
-            return rows, Held(groups, prefix, suffix), spent
+            return rows, Held(groups, prefix, cache.finish()) if holds else None, spent
 
         parts = deal(len(prefixes), programs.streams(policy))
         drawn, held, spent = zip(
@@ -345,7 +347,7 @@ class Sampler:
             shape=shape,
             lane_steps=sum(s.lane_steps for s in spent),
             prefix_reads=sum(s.prefix_reads for s in spent),
-            held=held if self._holds(policy, shape) else (),
+            held=held if holds else (),
         )
 
     def _holds(self, policy: Policy, shape: Shape) -> bool:

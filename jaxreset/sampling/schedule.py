@@ -52,13 +52,15 @@ class Batch(NamedTuple):
       groups: [M] group of the round.  rows: [M, K] row of that group.
       live: [M, K] False for lanes that have no row.
       leave: the segment ends when at most so many lanes can go on.
+      in_place: the lanes are all rows of the round, each in its own place.
     """
 
     shape: LaneShape
     groups: np.ndarray
     rows: np.ndarray
     live: np.ndarray
-    leave: int
+    leave: int = 0
+    in_place: bool = False
 
 
 def windows(size: int, *, least: int) -> list[int]:
@@ -118,6 +120,7 @@ def next_batch(
     shapes: list[LaneShape],
     *,
     costs: Costs,
+    before: Batch | None = None,
 ) -> Batch | None:
     """The lanes of the next segment, or None when all rows have ended.
 
@@ -130,6 +133,7 @@ def next_batch(
       most: [N] tokens that a row of the group may draw.
       prefix_lengths: [N] tokens of the prefixes.
       shapes: of `lane_shapes`.
+      before: the segment before: rows that go on stay in their lanes where the shape is the same.
     """
     if not running.any():
         return None
@@ -160,6 +164,8 @@ def next_batch(
         leave = lanes // 2
     else:
         leave = 0
+    if before is not None and before.live.shape == batch.live.shape and not batch.in_place:
+        batch = _stay(batch, before)
     # At least a few rows must end before the lanes are chosen anew.
     return batch._replace(leave=max(min(leave, taken - -(-lanes // 16)), 0))
 
@@ -169,18 +175,55 @@ def _fill(waiting: np.ndarray, order: np.ndarray, shape: LaneShape) -> Batch:
     m, k = shape.groups, shape.rows
     if (m, k) == waiting.shape:  # every row in its own place: nothing is moved
         rows = np.tile(np.arange(k, dtype=np.int32), (m, 1))
-        return Batch(shape, np.arange(m, dtype=np.int32), rows, waiting, 0)
+        return Batch(shape, np.arange(m, dtype=np.int32), rows, waiting, in_place=True)
     parts = [
         (group, members[first : first + k])
         for group in order
         for members in [np.flatnonzero(waiting[group])]
         for first in range(0, len(members), k)
     ]
-    batch = Batch(
-        shape, np.zeros(m, np.int32), np.zeros((m, k), np.int32), np.zeros((m, k), bool), 0
-    )
+    batch = _no_lanes(shape)
     for lane, (group, members) in enumerate(parts[:m]):
         batch.groups[lane] = group
         batch.rows[lane, : len(members)] = members
         batch.live[lane, : len(members)] = True
     return batch
+
+
+def _no_lanes(shape: LaneShape) -> Batch:
+    lanes = shape.groups, shape.rows
+    return Batch(
+        shape, np.zeros(lanes[0], np.int32), np.zeros(lanes, np.int32), np.zeros(lanes, bool)
+    )
+
+
+def _stay(batch: Batch, before: Batch) -> Batch:
+    """The same rows, those that had a lane before in the same one where that is possible."""
+    home = {
+        (int(before.groups[m]), int(before.rows[m, k])): (m, k)
+        for m, k in np.argwhere(before.live).tolist()
+    }
+    kept = _no_lanes(batch.shape)
+    free, strangers = set(range(len(batch.groups))), []
+
+    def put(m: int, group: int, rows: list[int]) -> None:
+        free.remove(m)
+        kept.groups[m] = group
+        at_home = {
+            row: home[group, row][1] for row in rows if home.get((group, row), (-1,))[0] == m
+        }
+        places = iter(sorted(set(range(batch.shape.rows)) - set(at_home.values())))
+        for row in rows:
+            k = at_home[row] if row in at_home else next(places)
+            kept.rows[m, k], kept.live[m, k] = row, True
+
+    for m in np.flatnonzero(batch.live.any(axis=1)).tolist():
+        group, rows = int(batch.groups[m]), batch.rows[m][batch.live[m]].tolist()
+        lanes = {home[group, row][0] for row in rows if (group, row) in home} & free
+        if lanes:
+            put(min(lanes), group, rows)
+        else:
+            strangers.append((group, rows))
+    for group, rows in strangers:
+        put(min(free), group, rows)
+    return kept._replace(leave=batch.leave)
