@@ -522,7 +522,7 @@ def test_a_mesh_draws_the_tokens_of_one_device(policy64, sampler, sizes):
         here = sampler.sample(policy64, prompts, rows=4, **draw)
         there = spread.sample(sharded, prompts, rows=4, **draw)
         assert_rounds_equal(here, there)
-        keys = there.held[0].suffix[0].keys
+        keys = there.held[0].pages.stores[0][0].keys
         assert keys.sharding.shard_shape(keys.shape)[1] == sizes[2]  # 8 groups are split
         if sizes[0] == 2:
             # Most prefixes lie on another shard than the groups that continue them.

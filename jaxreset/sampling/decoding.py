@@ -47,7 +47,7 @@ class Limits(NamedTuple):
 
 
 class Cells(NamedTuple):
-    """Rows of a suffix store, one for each lane: `[M, K]` its group, its row, and which are chosen."""
+    """Rows of a page, one for each lane: `[M, K]` their two indices there, and which are chosen."""
 
     groups: Leaf
     rows: Leaf
@@ -106,7 +106,7 @@ def fork(
     suffix: Store,
     prefix_lengths: Array,
     groups: Array,
-    rows: Array,
+    cells: tuple[Array, Array],
     *,
     size: int,
     mesh: Mesh | None = None,
@@ -114,28 +114,30 @@ def fork(
     """Prefix stores of `size` slots for reset groups, gathered once per group from a round's stores.
 
     Args:
-      prefix, suffix: the parent round's stores, N × P and N × K × S slots.
+      prefix: the parent round's, N × P slots.
+      suffix: a page with the rows gone back to, A × B × W slots.
       prefix_lengths: `[N]` int, tokens of the parent's prefixes.
-      groups, rows: `[N']` int, the row of the parent that each new group goes back to. Slots past the
-        snapshot's length hold the row's later tokens, or garbage; attention masks them.
+      groups: `[N']` int, the parent of each new group.
+      cells: [N'] the row on the page. Slots past the snapshot's length hold the row's later tokens,
+        or garbage; attention masks them.
       size: slots of the new stores.
     """
     slots = jnp.arange(size)[None]  # [1, P']
     held = prefix_lengths[groups][:, None] - 1  # slots in the parent's prefix store
     in_prefix = jnp.minimum(slots, prefix[0].keys.shape[-1] - 1)
     in_suffix = jnp.clip(slots - held, 0, suffix[0].keys.shape[-1] - 1)
-    group, row = groups[:, None], rows[:, None]
+    group, row = groups[:, None], tuple(cell[:, None] for cell in cells)
 
     def layer(prefix: KV, suffix: KV) -> KV:
         keys = jnp.where(
             (slots < held)[..., None, None],
             prefix.keys[group, :, :, in_prefix],  # [N', P', G, D]
-            suffix.keys[group, row, :, :, in_suffix],
+            suffix.keys[*row, :, :, in_suffix],
         )
         values = jnp.where(
             (slots < held)[..., None, None],
             prefix.values[group, :, in_prefix],
-            suffix.values[group, row, :, in_suffix],
+            suffix.values[*row, :, in_suffix],
         )
         return KV(jnp.moveaxis(keys, 1, 3), jnp.moveaxis(values, 1, 2))
 
@@ -143,16 +145,6 @@ def fork(
     stacks = zip(prefix, suffix, strict=True)
     forked = tuple(jax.lax.map(lambda layers: layer(*layers), stack) for stack in stacks)
     return _constrain(forked, mesh)
-
-
-@partial(jax.jit, donate_argnames="store")
-def overlay(store: Store, other: Store, chosen: Array) -> Store:
-    """`store` with the groups of `other` that are `chosen` `[N]`."""
-    return jax.tree.map(
-        lambda old, new: jnp.where(chosen.reshape(1, -1, *[1] * (old.ndim - 2)), new, old),
-        store,
-        other,
-    )
 
 
 @partial(jax.jit, static_argnames=("graph", "mesh"))
@@ -176,10 +168,11 @@ def extend(
     model: Decoder = nnx.merge(graph, params)
     added = model.extend(tokens, prefix, prefix_lengths - 1)
     groups, size = jnp.arange(len(tokens)), prefix[0].keys.shape[-1]
-    return fork(prefix, added, prefix_lengths, groups, jnp.zeros_like(groups), size=size, mesh=mesh)
+    cells = groups, jnp.zeros_like(groups)
+    return fork(prefix, added, prefix_lengths, groups, cells, size=size, mesh=mesh)
 
 
-# Moves of keys and values between lanes and the suffix store; see `lanes`.
+# Moves of keys and values between lanes and pages; see `lanes`.
 
 
 # The prefix is kept as an argument so that the result is committed to its device where the prefix is:
@@ -225,34 +218,38 @@ def take(prefix: Store, groups: Array, *, size: int, mesh: Mesh | None = None) -
 
 
 @partial(jax.jit, static_argnames="mesh", donate_argnames="own")
-def load(store: Store, own: Store, cells: Cells, *, mesh: Mesh | None = None) -> Store:
-    """The lanes' M × K × W slots, those that are chosen read from rows of the store."""
-    window = own[0].keys.shape[-1]
-    # Lanes that aren't chosen all read one row, which costs little.
-    row = jax.tree.map(lambda x: jnp.where(cells.chosen, x, 0), (cells.groups, cells.rows))
-    chosen = cells.chosen[..., None, None, None]
+def load(page: Store, own: Store, cells: Cells, *, mesh: Mesh | None = None) -> Store:
+    """The lanes' M × K × W slots, the first of the chosen lanes read from their rows of a page."""
+    lane, nowhere = jnp.indices(cells.chosen.shape), len(cells.chosen)  # out of range: not written
+    place = jnp.where(cells.chosen, lane[0], nowhere), lane[1]
+    window = page[0].keys.shape[-1]
 
     def read(stack: KV, own: KV) -> KV:
-        keys = stack.keys.at[:, *row, :, :, :window].get(mode="promise_in_bounds")
-        values = stack.values.at[:, *row, :, :window].get(mode="promise_in_bounds")
-        return KV(jnp.where(chosen, keys, own.keys), jnp.where(chosen, values, own.values))
+        keys, values = (
+            x.at[:, cells.groups, cells.rows].get(mode="promise_in_bounds") for x in stack
+        )
+        return KV(
+            own.keys.at[:, *place, :, :, :window].set(keys, mode="drop"),
+            own.values.at[:, *place, :, :window].set(values, mode="drop"),
+        )
 
-    return _constrain(tuple(read(*stacks) for stacks in zip(store, own, strict=True)), mesh)
+    return _constrain(tuple(read(*stacks) for stacks in zip(page, own, strict=True)), mesh)
+
+
+@partial(jax.jit, static_argnames="mesh", donate_argnames="page")
+def save(page: Store, own: Store, cells: Cells, *, mesh: Mesh | None = None) -> Store:
+    """The page, the chosen lanes' slots written to their rows; it is as wide as they are."""
+    nowhere = page[0].keys.shape[1]  # out of range: not written
+    row = jnp.where(cells.chosen, cells.groups, nowhere), cells.rows
+    saved = jax.tree.map(lambda rows, own: rows.at[:, *row].set(own, mode="drop"), page, own)
+    return _constrain(saved, mesh)
 
 
 @partial(jax.jit, static_argnames="mesh", donate_argnames="store")
-def save(store: Store, own: Store, cells: Cells, *, mesh: Mesh | None = None) -> Store:
-    """The store, the chosen lanes' slots written to their rows."""
-    window, nowhere = own[0].keys.shape[-1], store[0].keys.shape[1]
-    row = jnp.where(cells.chosen, cells.groups, nowhere), cells.rows  # out of range: not written
-
-    def write(stack: KV, own: KV) -> KV:
-        return KV(
-            stack.keys.at[:, *row, :, :, :window].set(own.keys, mode="drop"),
-            stack.values.at[:, *row, :, :window].set(own.values, mode="drop"),
-        )
-
-    return _constrain(tuple(write(*stacks) for stacks in zip(store, own, strict=True)), mesh)
+def place(store: Store, some: Store, groups: Array, *, mesh: Mesh | None = None) -> Store:
+    """The store with the groups of another written over `groups`; those out of range are dropped."""
+    placed = jax.tree.map(lambda all, some: all.at[:, groups].set(some, mode="drop"), store, some)
+    return _constrain(placed, mesh)
 
 
 @partial(jax.jit, static_argnames=("graph", "mesh"), donate_argnames="own")

@@ -98,7 +98,7 @@ def draw_rows(
         costs=costs,
         before=batch,
     ):
-        shared, own = cache.enter(batch, state.lengths)
+        shared, own = cache.enter(batch)
         drawn, own = decode(shared, own, _lanes(start, state, batch), batch.leave)
         cache.leave(own)
         drawn = jax.device_get(drawn)

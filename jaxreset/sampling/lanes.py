@@ -1,19 +1,24 @@
-"""Where a round's keys and values are while it is drawn: in lanes, else in the suffix store.
+"""Where a round's keys and values are while it is drawn: in lanes, else on pages.
 
 A lane keeps what its row has drawn from segment to segment. A row that gives up its lane is written
-to the store once, and read from it once if it goes on later. While all rows stand in their own places
-there is no store: the lanes are the store, and only as wide as the longest row needs.
+to a page, whose rows are as wide as the lane's window, and read from it if it goes on later. So memory
+follows what has been drawn, not what might have been. While all rows stand in their own places the
+lanes themselves are the only page.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Protocol
 
 import numpy as np
 
 from jaxreset.models.decoder import Store
 from jaxreset.sampling.decoding import Cells
-from jaxreset.sampling.schedule import Batch, LaneShape
+from jaxreset.sampling.rounds import Pages
+from jaxreset.sampling.schedule import Batch
+
+PAGE_ROWS = 64
 
 
 class Moves(Protocol):
@@ -21,45 +26,65 @@ class Moves(Protocol):
 
     def empty(self, groups: int, rows: int, window: int) -> Store: ...
     def widen(self, store: Store, window: int) -> Store: ...
-    def save(self, store: Store, own: Store, cells: Cells) -> Store: ...
-    def load(self, store: Store, own: Store, cells: Cells) -> Store: ...
+    def save(self, page: Store, own: Store, cells: Cells) -> Store: ...
+    def load(self, page: Store, own: Store, cells: Cells) -> Store: ...
     def take(self, prefix: Store, groups: np.ndarray, window: int) -> Store: ...
 
 
 class LaneCache:
-    """Keys and values of N groups of K rows, S slots each at most.
+    """Keys and values of a part of a round.
 
     Args:
       moves: the programs.
       prefix: the groups' prefix store, only read.
-      shape: (N, K), S.
+      shape: (N, K).
+      page_rows: A of a page; its B is 1, but where all rows are in their places.
     """
 
-    def __init__(self, moves: Moves, prefix: Store, shape: tuple[int, int], size: int):
+    def __init__(
+        self, moves: Moves, prefix: Store, shape: tuple[int, int], *, page_rows: int = PAGE_ROWS
+    ):
         self._moves = moves
         self._prefix = prefix
         self._shape = shape
-        self._size = size
-        self._store: Store | None = None
+        self._page_rows = page_rows
+        self._pages = Pages([], np.full(shape, -1), np.zeros(shape, int))
+        self._free: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # by window
+        self._places: int | None = None  # the page of rows in their places
         self._batch: Batch | None = None
-        self._own: Store | None = None
-        self._shared: tuple[np.ndarray, int, Store] | None = None
+        self._own: Store | None = None  # of the batch
+        self._taken: tuple[Batch, Store] | None = None
 
-    def enter(self, batch: Batch, lengths: np.ndarray) -> tuple[Store, Store]:
-        """Brings the batch's rows into lanes; `lengths` [N, K] tokens that rows have drawn.
+    def enter(self, batch: Batch) -> tuple[Store, Store]:
+        """Brings the batch's rows into lanes.
 
         Returns:
           The lanes' prefixes, M × P' slots, and their own, M × K' × W slots, to be used up and given
           back to `leave`.
         """
-        before, own, window = self._batch, self._own, batch.shape.window
-        if self._store is None and batch.in_place:
+        before, own, moves, shape = self._batch, self._own, self._moves, batch.shape
+        if batch.in_place and not self._pages.stores:
             if own is None:
-                own = self._moves.empty(*self._shape, window)
-            elif before is not None and before.shape.window < window:
-                own = self._moves.widen(own, window)
+                own = moves.empty(*self._shape, shape.window)
+            elif before is not None and before.shape.window < shape.window:
+                own = moves.widen(own, shape.window)
         else:
-            own = self._exchange(batch, lengths)
+            stays = np.zeros_like(batch.live)
+            if before is not None and own is not None:
+                same = before.shape._replace(prefix=0) == shape._replace(prefix=0)
+                if before.in_place and not self._pages.stores:
+                    self._keep_in_place(own)
+                    same = False
+                elif same:
+                    stays = batch.live & before.live & (before.rows == batch.rows)
+                    stays &= (before.groups == batch.groups)[:, None]
+                    self._write(own, before, before.live & ~stays)
+                else:
+                    self._write(own, before, before.live)
+                own = own if same else None
+            if own is None:
+                own = moves.empty(shape.groups, shape.rows, shape.window)
+            own = self._read(own, batch, batch.live & ~stays)
         self._batch, self._own = batch, None
         return self._prefixes(batch), own
 
@@ -67,63 +92,71 @@ class LaneCache:
         """What decoding made of the lanes' stores."""
         self._own = own
 
-    def finish(self) -> Store:
-        """The suffix store of all rows, N × K × S slots."""
-        if self._store is None:
-            if self._own is None:
-                return self._moves.empty(*self._shape, self._size)
-            return self._moves.widen(self._own, self._size)
-        if self._batch is not None and self._own is not None:
-            cells = _cells(self._batch, self._batch.live)
-            self._store = self._moves.save(self._store, self._own, cells)
-        return self._store
+    def finish(self) -> Pages | None:
+        """All rows, on pages; None: nothing was drawn."""
+        if self._own is not None and self._batch is not None:
+            if self._batch.in_place and not self._pages.stores:
+                self._keep_in_place(self._own)
+            else:
+                self._write(self._own, self._batch, self._batch.live)
+        return self._pages if self._pages.stores else None
 
-    def _exchange(self, batch: Batch, lengths: np.ndarray) -> Store:
-        """Rows that leave their lanes go to the store, those that come are read from it."""
-        moves, before, own = self._moves, self._batch, self._own
-        if self._store is None:
-            if own is None:
-                self._store = moves.empty(*self._shape, self._size)
-            else:
-                self._store = moves.widen(own, self._size)
-            before = own = None
-        stays = np.zeros_like(batch.live)
-        if before is not None and own is not None:
-            if same_lanes(before.shape, batch.shape):
-                stays = batch.live & before.live & (before.rows == batch.rows)
-                stays &= (before.groups == batch.groups)[:, None]
-                leaving = before.live & ~stays
-            else:
-                leaving = before.live
-            if leaving.any():
-                self._store = moves.save(self._store, own, _cells(before, leaving))
-            if not same_lanes(before.shape, batch.shape):
-                own = None
-        if own is None:
-            own = moves.empty(batch.shape.groups, batch.shape.rows, batch.shape.window)
-        drawn = lengths[batch.groups[:, None], batch.rows] > 0
-        coming = batch.live & ~stays & drawn
-        return moves.load(self._store, own, _cells(batch, coming)) if coming.any() else own
+    def _keep_in_place(self, own: Store) -> None:
+        self._places = len(self._pages.stores)
+        self._pages.stores.append(own)
+        self._pages.page[:] = 0
+        self._pages.cell[:] = np.arange(self._pages.cell.size).reshape(self._shape)
+
+    def _write(self, own: Store, batch: Batch, leaving: np.ndarray) -> None:
+        """Lanes -> pages of their width."""
+        stores, page, cell = self._pages
+        window, lanes = batch.shape.window, np.argwhere(leaving)
+        free = self._free[window]
+        while len(free) < len(lanes):
+            stores.append(self._moves.empty(self._page_rows, 1, window))
+            free += [(len(stores) - 1, i) for i in range(self._page_rows)]
+        for m, k in lanes:
+            row = batch.groups[m], batch.rows[m, k]
+            page[row], cell[row] = free.pop(0)
+        for number, cells in self._cells(batch, leaving):
+            stores[number] = self._moves.save(stores[number], own, cells)
+
+    def _read(self, own: Store, batch: Batch, coming: np.ndarray) -> Store:
+        """Pages -> lanes; a row's cell is free afterwards, but for those of rows in their places."""
+        stores, page, _ = self._pages
+        coming = coming & (page[batch.groups[:, None], batch.rows] >= 0)
+        for number, cells in self._cells(batch, coming):
+            own = self._moves.load(stores[number], own, cells)
+            if number != self._places:
+                window = stores[number][0].keys.shape[-1]
+                self._free[window] += [(number, int(i)) for i in cells.groups[cells.chosen]]
+        for m, k in np.argwhere(coming):
+            page[batch.groups[m], batch.rows[m, k]] = -1
+        return own
+
+    def _cells(self, batch: Batch, chosen: np.ndarray) -> list[tuple[int, Cells]]:
+        """Where the lanes' rows are on each page."""
+        rows = batch.groups[:, None], batch.rows
+        page, cell = self._pages.page[rows], self._pages.cell[rows]
+        return [
+            (number, page_cells(self._pages.stores[number], cell, chosen & (page == number)))
+            for number in np.unique(page[chosen]).tolist()
+        ]
 
     def _prefixes(self, batch: Batch) -> Store:
         width = batch.shape.prefix
         if batch.in_place and width == self._prefix[0].keys.shape[-1]:
             return self._prefix
         if (
-            self._shared is None
-            or self._shared[1] != width
-            or (self._shared[0].tolist() != batch.groups.tolist())
+            self._taken is None
+            or self._taken[0].shape.prefix != width
+            or self._taken[0].groups.tolist() != batch.groups.tolist()
         ):
-            taken = self._moves.take(self._prefix, batch.groups, width)
-            self._shared = batch.groups, width, taken
-        return self._shared[2]
+            self._taken = batch, self._moves.take(self._prefix, batch.groups, width)
+        return self._taken[1]
 
 
-def same_lanes(one: LaneShape, other: LaneShape) -> bool:
-    """Whether lanes of one shape are lanes of the other; their prefixes may differ in width."""
-    return one._replace(prefix=0) == other._replace(prefix=0)
-
-
-def _cells(batch: Batch, chosen: np.ndarray) -> Cells:
-    groups = np.broadcast_to(batch.groups[:, None], batch.rows.shape)
-    return Cells(groups, batch.rows, chosen)
+def page_cells(page: Store, cell: np.ndarray, chosen: np.ndarray) -> Cells:
+    """Numbers of rows on a page -> its two axes."""
+    first, second = np.divmod(np.where(chosen, cell, 0), page[0].keys.shape[2])
+    return Cells(first.astype(np.int32), second.astype(np.int32), chosen)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -26,7 +27,7 @@ from jaxreset.sampling.drawing import (
     idle_cells,
     idle_lanes,
 )
-from jaxreset.sampling.lanes import LaneCache, Moves
+from jaxreset.sampling.lanes import PAGE_ROWS, LaneCache, Moves, Pages
 from jaxreset.sampling.rounds import Held, Shape, Snapshot
 from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes
 from jaxreset.sampling.streams import LARGE_WEIGHTS, cores
@@ -37,6 +38,7 @@ from jaxreset.steps import StepAutomaton
 # products of so many rows (operations over bytes a second), and reading what one attends to is slower.
 CPU_STEP, ACCELERATOR_STEP = 8.0, 256.0
 ATTENTION_RATE = 10.0
+FORK_GROUPS = 8
 CPU_SLOTS = 32  # more lanes make none cheaper there: their keys and values leave the cache
 
 
@@ -67,6 +69,8 @@ class Programs:
         self._automaton = jax.device_put(automaton)
         self._limits = limits
         self._mesh = mesh
+        self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self._page_rows = -(-PAGE_ROWS // self._shards) * self._shards
         self._rows = None if mesh is None else rows_sharding(mesh)
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         self._on_cpu = device.platform == "cpu"
@@ -97,25 +101,54 @@ class Programs:
 
     def fork(self, held: Sequence[Held], shape: Shape, snapshots: Sequence[Snapshot]) -> Store:
         """The prefix store of snapshots of one round, from its caches."""
-        store = None
-        for source in held:
-            chosen = np.zeros(shape.groups, bool)
-            groups, rows = np.zeros((2, shape.groups), np.int32)
-            lengths = np.ones(source.prefix[0].keys.shape[1], np.int32)
-            for n, s in enumerate(snapshots):
-                if s.group in source.groups:
-                    chosen[n], rows[n] = True, s.row
-                    groups[n] = s.group - source.groups.start
-                    lengths[groups[n]] = len(s.round.prefixes[s.group])
-            if store is not None and snapshots and not chosen.any():
-                continue  # but where all is compiled, on no snapshots
-            places = jax.device_put((lengths, groups, rows), self._rows)
-            forked = decoding.fork(
-                source.prefix, source.suffix, *places, size=shape.prefix, mesh=self._mesh
-            )
-            store = forked if store is None else decoding.overlay(store, forked, chosen)
-        assert store is not None  # a held round has at least one part
+        found: defaultdict[tuple[int, int], dict[int, Snapshot]] = defaultdict(dict)
+        for n, s in enumerate(snapshots):
+            part = next(i for i, part in enumerate(held) if s.group in part.groups)
+            page = held[part].pages.page[s.group - held[part].groups.start, s.row]
+            found[part, max(int(page), 0)][n] = s  # no page: nothing was drawn, any will do
+        # All at once from the page that most are on, the others a few at a time.
+        (part, page), *others = sorted(found, key=lambda place: -len(found[place]))
+        store = self._fork_page(held[part], page, shape, found[part, page])
+        some = self._few(shape)
+        for part, page in others:
+            members = list(found[part, page].items())
+            for first in range(0, len(members), some.groups):
+                places, chosen = zip(*members[first : first + some.groups], strict=True)
+                forked = self._fork_page(held[part], page, some, dict(enumerate(chosen)))
+                store = self._place(store, forked, places)
         return store
+
+    def compile_fork(self, held: Held, shape: Shape) -> Store:
+        """Compiles all that `fork` may need of a part with a page of every kind."""
+        for page in range(len(held.pages.stores)):
+            store = self._fork_page(held, page, shape, {})
+            store = self._place(store, self._fork_page(held, page, self._few(shape), {}), ())
+        return store
+
+    def _fork_page(
+        self, held: Held, page: int, shape: Shape, snapshots: Mapping[int, Snapshot]
+    ) -> Store:
+        """With the snapshots, whose rows are on one page, as the groups of those numbers."""
+        suffix = held.pages.stores[page]
+        groups, cells = np.zeros((2, shape.groups), np.int32)
+        lengths = np.ones(held.prefix[0].keys.shape[1], np.int32)
+        for n, s in snapshots.items():
+            groups[n] = s.group - held.groups.start
+            cells[n] = held.pages.cell[groups[n], s.row]
+            lengths[groups[n]] = len(s.round.prefixes[s.group])
+        places = lengths, groups, np.divmod(cells, np.int32(suffix[0].keys.shape[2]))
+        places = jax.device_put(places, self._rows)
+        return decoding.fork(held.prefix, suffix, *places, size=shape.prefix, mesh=self._mesh)
+
+    def _place(self, store: Store, forked: Store, places: Sequence[int]) -> Store:
+        size = forked[0].keys.shape[1]
+        groups = np.full(size, store[0].keys.shape[1], np.int32)  # out of range: dropped
+        groups[: len(places)] = places
+        return decoding.place(store, forked, groups, mesh=self._mesh)
+
+    def _few(self, shape: Shape) -> Shape:
+        groups = -(-FORK_GROUPS // self._shards) * self._shards
+        return shape._replace(groups=min(shape.groups, groups))
 
     def extend(
         self,
@@ -136,10 +169,17 @@ class Programs:
         return decoding.extend(params, prefix, lengths, tokens, graph=graph, mesh=self._mesh)
 
     def draw(
-        self, policy: Policy, part: Shape, prefix: Store, start: Start, draws: Draws
-    ) -> tuple[Rows, LaneCache, Spent]:
-        """All rows of a round, its keys and values, and what was spent; see `drawing.draw_rows`."""
-        cache = LaneCache(self._moves(prefix), prefix, part[:2], part.suffix)
+        self,
+        policy: Policy,
+        part: Shape,
+        prefix: Store,
+        start: Start,
+        draws: Draws,
+        *,
+        hold: bool,
+    ) -> tuple[Rows, Pages | None, Spent]:
+        """All rows of a part, its keys and values if `hold`, and what was spent."""
+        cache = LaneCache(self._moves(prefix), prefix, part[:2], page_rows=self._page_rows)
         rows, spent = draw_rows(
             self._decode(policy, draws._replace(max_new=min(draws.max_new, part.suffix))),
             start,
@@ -150,28 +190,41 @@ class Programs:
             costs=self._costs(policy.config),
             dtype=np.dtype(jnp.promote_types(policy.config.dtype, jnp.float32)),
         )
-        return rows, cache, spent
+        if not hold:
+            return rows, None, spent
+        # Where no row could draw anything, a page all the same.
+        return rows, cache.finish() or self.empty_part(policy, part, prefix).pages, spent
 
-    def compile_draw(self, policy: Policy, part: Shape, prefix: Store, draws: Draws) -> Store:
-        """Compiles all that `draw` may need; returns an empty suffix store."""
+    def compile_draw(self, policy: Policy, part: Shape, prefix: Store, draws: Draws) -> Held:
+        """Compiles all that `draw` may need; returns a part with empty pages of every kind."""
         moves, decode = self._moves(prefix), self._decode(policy, draws)
-        store = moves.empty(*part[:2], part.suffix)
         shapes = self._lane_shapes(policy, part)
+        kept = self.empty_part(policy, part, prefix)
+        pages = kept.pages.stores
         for lanes in shapes:
-            groups, cells = np.zeros(lanes.groups, np.int32), idle_cells(lanes)
-            shared = moves.take(prefix, groups, lanes.prefix)
+            shared = moves.take(prefix, np.zeros(lanes.groups, np.int32), lanes.prefix)
             own = moves.empty(lanes.groups, lanes.rows, lanes.window)
-            own = moves.load(store, own, cells)
+            for n, page in enumerate(pages):
+                width, cells = page[0].keys.shape[-1], idle_cells(lanes)
+                if width <= lanes.window:
+                    own = moves.load(page, own, cells)
+                if width == lanes.window and page[0].keys.shape[1] == self._page_rows:
+                    pages[n] = moves.save(page, own, cells)
             _, own = decode(shared, own, idle_lanes(lanes), 0)
-            store = moves.save(store, own, cells)
             if (lanes.groups, lanes.rows) == part[:2]:
                 for wider in {other.window for other in shapes if other.window > lanes.window}:
                     moves.widen(own, wider)
-        return store
+        return kept
 
-    def empty_suffix(self, part: Shape, prefix: Store) -> Store:
-        """A round's suffix store before anything is drawn."""
-        return self._moves(prefix).empty(*part[:2], part.suffix)
+    def empty_part(self, policy: Policy, part: Shape, prefix: Store) -> Held:
+        """A part of a round on which nothing is drawn, with a page of every kind."""
+        moves, shapes = self._moves(prefix), self._lane_shapes(policy, part)
+        in_place = {s.window for s in shapes if (s.groups, s.rows) == part[:2]}
+        paged = {s.window for s in shapes} if len({s[:2] for s in shapes} | {part[:2]}) > 1 else ()
+        stores = [moves.empty(*part[:2], window) for window in sorted(in_place)]
+        stores += [moves.empty(self._page_rows, 1, window) for window in sorted(paged)]
+        nothing = np.zeros(part[:2], int)
+        return Held(range(part.groups), prefix, Pages(stores, nothing, nothing))
 
     def _decode(self, policy: Policy, draws: Draws) -> Decode:
         """`decoding.decode`, with what changes from segment to segment left open."""
@@ -197,11 +250,10 @@ class Programs:
         return _Moves(prefix, self._mesh, self._rows)
 
     def _lane_shapes(self, policy: Policy, part: Shape) -> list[LaneShape]:
-        shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
         slots = CPU_SLOTS if self._on_cpu else None
         if self._slots is not None:
             slots = max(self._slots // self.streams(policy), 1)
-        return lane_shapes(*part, slots=slots, shards=shards)
+        return lane_shapes(*part, slots=slots, shards=self._shards)
 
     def _costs(self, model: DecoderConfig) -> Costs:
         attention = 2 * model.heads * model.head_dim
@@ -242,11 +294,11 @@ class _Moves(NamedTuple):
             return store
         return decoding.widen(store, size=window, mesh=self.mesh)
 
-    def save(self, store: Store, own: Store, cells: Cells) -> Store:
-        return decoding.save(store, own, jax.device_put(cells, self.sharding), mesh=self.mesh)
+    def save(self, page: Store, own: Store, cells: Cells) -> Store:
+        return decoding.save(page, own, jax.device_put(cells, self.sharding), mesh=self.mesh)
 
-    def load(self, store: Store, own: Store, cells: Cells) -> Store:
-        return decoding.load(store, own, jax.device_put(cells, self.sharding), mesh=self.mesh)
+    def load(self, page: Store, own: Store, cells: Cells) -> Store:
+        return decoding.load(page, own, jax.device_put(cells, self.sharding), mesh=self.mesh)
 
     def take(self, prefix: Store, groups: np.ndarray, window: int) -> Store:
         groups = jax.device_put(groups, self.sharding)

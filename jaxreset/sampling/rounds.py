@@ -44,12 +44,26 @@ class Stream(NamedTuple):
     phase: int = 0
 
 
+class Pages(NamedTuple):
+    """Keys and values of N groups of K rows, as far as they were drawn.
+
+    Attributes:
+      stores: pages of any width, A × B rows each.
+      page: [N, K] the page of a row; -1: nothing is kept of it.
+      cell: [N, K] its number on the page, a * B + b.
+    """
+
+    stores: list[Store]
+    page: np.ndarray
+    cell: np.ndarray
+
+
 class Held(NamedTuple):
     """Keys and values of a round on the device: of those `groups` that one stream drew."""
 
     groups: range
     prefix: Store
-    suffix: Store
+    pages: Pages
 
 
 @dataclass(frozen=True, eq=False)  # rounds are told apart by identity

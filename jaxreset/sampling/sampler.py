@@ -280,29 +280,23 @@ class Sampler:
         """
         draws = self._draws(Stream(0), 1.0, 1.0, 0, None)
         programs, held = self._programs, {}
-
-        def hold(shape: Shape, prefix: Store, suffix: Store) -> None:
-            """As `streams` of which a fork may need any."""
-            part = Held(range(shape.groups), prefix, suffix)
-            held[shape] = [part] * min(programs.streams(policy), shape.groups)
-
         for shape in self.shapes or ():
             part = programs.part(policy, shape)
             prefix = programs.prefill(policy, part, [])
-            hold(shape, prefix, programs.compile_draw(policy, part, prefix, draws))
+            held[shape] = programs.compile_draw(policy, part, prefix, draws)
         for parent, child in self.forks:
             part = programs.part(policy, child)
             if self._holds(policy, parent):
                 if parent not in held:  # another sampler draws it
                     above = programs.part(policy, parent)
                     prefix = programs.prefill(policy, above, [])
-                    hold(parent, prefix, programs.empty_suffix(above, prefix))
-                prefix = programs.fork(held[parent], part, [])
+                    held[parent] = programs.empty_part(policy, above, prefix)
+                prefix = programs.compile_fork(held[parent], part)
                 if self.question_tokens:
                     prefix = programs.extend(policy, prefix, [], [], self.question_tokens)
             else:
                 prefix = programs.prefill(policy, part, [])
-            hold(child, prefix, programs.compile_draw(policy, part, prefix, draws))
+            held[child] = programs.compile_draw(policy, part, prefix, draws)
 
     def _draw(
         self,
@@ -325,9 +319,9 @@ class Sampler:
             chosen = slice(groups.start, groups.stop)
             start = pad_start(jax.tree.map(lambda x: x[chosen], starts), part.groups)
             prefix = prepare(part, chosen)
-            rows, cache, spent = programs.draw(policy, part, prefix, start, draws)
+            rows, pages, spent = programs.draw(policy, part, prefix, start, draws, hold=holds)
             rows = jax.tree.map(lambda x: x[: len(groups)], rows)
-            return rows, Held(groups, prefix, cache.finish()) if holds else None, spent
+            return rows, None if pages is None else Held(groups, prefix, pages), spent
 
         parts = deal(len(prefixes), programs.streams(policy))
         drawn, held, spent = zip(
@@ -347,7 +341,7 @@ class Sampler:
             shape=shape,
             lane_steps=sum(s.lane_steps for s in spent),
             prefix_reads=sum(s.prefix_reads for s in spent),
-            held=held if holds else (),
+            held=tuple(h for h in held if h is not None),
         )
 
     def _holds(self, policy: Policy, shape: Shape) -> bool:
