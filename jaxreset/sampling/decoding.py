@@ -46,11 +46,14 @@ class Limits(NamedTuple):
     eos: Leaf
 
 
-class Cells(NamedTuple):
-    """Rows of a page, one for each lane: `[M, K]` their two indices there, and which are chosen."""
+class Moved(NamedTuple):
+    """Rows on their way between lanes and a page, `[F]`; those not `chosen` stay where they are.
 
-    groups: Leaf
-    rows: Leaf
+    lanes: the two indices of each one's lane.  cells: those of its row on the page.
+    """
+
+    lanes: tuple[Leaf, Leaf]
+    cells: tuple[Leaf, Leaf]
     chosen: Leaf
 
 
@@ -218,31 +221,33 @@ def take(prefix: Store, groups: Array, *, size: int, mesh: Mesh | None = None) -
 
 
 @partial(jax.jit, static_argnames="mesh", donate_argnames="own")
-def load(page: Store, own: Store, cells: Cells, *, mesh: Mesh | None = None) -> Store:
-    """The lanes' M × K × W slots, the first of the chosen lanes read from their rows of a page."""
-    lane, nowhere = jnp.indices(cells.chosen.shape), len(cells.chosen)  # out of range: not written
-    place = jnp.where(cells.chosen, lane[0], nowhere), lane[1]
+def load(page: Store, own: Store, moved: Moved, *, mesh: Mesh | None = None) -> Store:
+    """The lanes' M × K × W slots, the first of some lanes read from their rows of a page."""
+    nowhere = own[0].keys.shape[1]  # out of range: not written
+    lane = jnp.where(moved.chosen, moved.lanes[0], nowhere), moved.lanes[1]
     window = page[0].keys.shape[-1]
 
     def read(stack: KV, own: KV) -> KV:
-        keys, values = (
-            x.at[:, cells.groups, cells.rows].get(mode="promise_in_bounds") for x in stack
-        )
+        keys, values = (rows.at[:, *moved.cells].get(mode="promise_in_bounds") for rows in stack)
         return KV(
-            own.keys.at[:, *place, :, :, :window].set(keys, mode="drop"),
-            own.values.at[:, *place, :, :window].set(values, mode="drop"),
+            own.keys.at[:, *lane, :, :, :window].set(keys, mode="drop"),
+            own.values.at[:, *lane, :, :window].set(values, mode="drop"),
         )
 
     return _constrain(tuple(read(*stacks) for stacks in zip(page, own, strict=True)), mesh)
 
 
 @partial(jax.jit, static_argnames="mesh", donate_argnames="page")
-def save(page: Store, own: Store, cells: Cells, *, mesh: Mesh | None = None) -> Store:
-    """The page, the chosen lanes' slots written to their rows; it is as wide as they are."""
+def save(page: Store, own: Store, moved: Moved, *, mesh: Mesh | None = None) -> Store:
+    """The page, some lanes' slots written to their rows; it is as wide as they are."""
     nowhere = page[0].keys.shape[1]  # out of range: not written
-    row = jnp.where(cells.chosen, cells.groups, nowhere), cells.rows
-    saved = jax.tree.map(lambda rows, own: rows.at[:, *row].set(own, mode="drop"), page, own)
-    return _constrain(saved, mesh)
+    cell = jnp.where(moved.chosen, moved.cells[0], nowhere), moved.cells[1]
+
+    def write(rows: Array, own: Array) -> Array:
+        left = own.at[:, *moved.lanes].get(mode="promise_in_bounds")
+        return rows.at[:, *cell].set(left, mode="drop")
+
+    return _constrain(jax.tree.map(write, page, own), mesh)
 
 
 @partial(jax.jit, static_argnames="mesh", donate_argnames="store")

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxreset.models.decoder import Store
-from jaxreset.sampling.decoding import Cells, Drawn, Lanes
+from jaxreset.sampling.decoding import Drawn, Lanes
 from jaxreset.sampling.lanes import LaneCache
 from jaxreset.sampling.rounds import StopReason
 from jaxreset.sampling.schedule import Batch, Costs, LaneShape, next_batch
@@ -116,12 +116,6 @@ def idle_lanes(shape: LaneShape) -> Lanes:
     none = np.zeros((m, k), bool)
     progress = Progress(lane, lane, lane, none)
     return Lanes(group + 1, group, group, lane, lane, lane, progress, none)
-
-
-def idle_cells(shape: LaneShape) -> Cells:
-    """No row for any lane: nothing is moved."""
-    lane = np.zeros((shape.groups, shape.rows), np.int32)
-    return Cells(lane, lane, lane.astype(bool))
 
 
 def _first(start: Start, rows: int, size: int, dtype: np.dtype) -> Rows:

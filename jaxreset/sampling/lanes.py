@@ -9,16 +9,20 @@ lanes themselves are the only page.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 
 from jaxreset.models.decoder import Store
-from jaxreset.sampling.decoding import Cells
+from jaxreset.sampling.decoding import Moved
 from jaxreset.sampling.rounds import Pages
 from jaxreset.sampling.schedule import Batch
 
-PAGE_ROWS = 64
+PAGE_SLOTS = 2048  # in all of its rows together
+MOVED_ROWS = 8  # that one program moves
+
+Pair = tuple[np.ndarray, np.ndarray]
 
 
 class Moves(Protocol):
@@ -26,8 +30,8 @@ class Moves(Protocol):
 
     def empty(self, groups: int, rows: int, window: int) -> Store: ...
     def widen(self, store: Store, window: int) -> Store: ...
-    def save(self, page: Store, own: Store, cells: Cells) -> Store: ...
-    def load(self, page: Store, own: Store, cells: Cells) -> Store: ...
+    def save(self, page: Store, own: Store, moved: Moved) -> Store: ...
+    def load(self, page: Store, own: Store, moved: Moved) -> Store: ...
     def take(self, prefix: Store, groups: np.ndarray, window: int) -> Store: ...
 
 
@@ -38,16 +42,14 @@ class LaneCache:
       moves: the programs.
       prefix: the groups' prefix store, only read.
       shape: (N, K).
-      page_rows: A of a page; its B is 1, but where all rows are in their places.
+      shards: of the group axis.
     """
 
-    def __init__(
-        self, moves: Moves, prefix: Store, shape: tuple[int, int], *, page_rows: int = PAGE_ROWS
-    ):
+    def __init__(self, moves: Moves, prefix: Store, shape: tuple[int, int], *, shards: int = 1):
         self._moves = moves
         self._prefix = prefix
         self._shape = shape
-        self._page_rows = page_rows
+        self._shards = shards
         self._pages = Pages([], np.full(shape, -1), np.zeros(shape, int))
         self._free: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # by window
         self._places: int | None = None  # the page of rows in their places
@@ -113,35 +115,39 @@ class LaneCache:
         window, lanes = batch.shape.window, np.argwhere(leaving)
         free = self._free[window]
         while len(free) < len(lanes):
-            stores.append(self._moves.empty(self._page_rows, 1, window))
-            free += [(len(stores) - 1, i) for i in range(self._page_rows)]
+            rows = page_rows(window, self._shards)
+            stores.append(self._moves.empty(rows, 1, window))
+            free += [(len(stores) - 1, i) for i in range(rows)]
         for m, k in lanes:
             row = batch.groups[m], batch.rows[m, k]
             page[row], cell[row] = free.pop(0)
-        for number, cells in self._cells(batch, leaving):
-            stores[number] = self._moves.save(stores[number], own, cells)
+        for number, moved in self._moved(batch, leaving):
+            stores[number] = self._moves.save(stores[number], own, moved)
 
     def _read(self, own: Store, batch: Batch, coming: np.ndarray) -> Store:
         """Pages -> lanes; a row's cell is free afterwards, but for those of rows in their places."""
         stores, page, _ = self._pages
         coming = coming & (page[batch.groups[:, None], batch.rows] >= 0)
-        for number, cells in self._cells(batch, coming):
-            own = self._moves.load(stores[number], own, cells)
+        for number, moved in self._moved(batch, coming):
+            own = self._moves.load(stores[number], own, moved)
             if number != self._places:
                 window = stores[number][0].keys.shape[-1]
-                self._free[window] += [(number, int(i)) for i in cells.groups[cells.chosen]]
+                cells = moved.cells[0][moved.chosen].tolist()
+                self._free[window] += [(number, cell) for cell in cells]
         for m, k in np.argwhere(coming):
             page[batch.groups[m], batch.rows[m, k]] = -1
         return own
 
-    def _cells(self, batch: Batch, chosen: np.ndarray) -> list[tuple[int, Cells]]:
-        """Where the lanes' rows are on each page."""
+    def _moved(self, batch: Batch, chosen: np.ndarray) -> Iterator[tuple[int, Moved]]:
+        """The chosen lanes and where on each page their rows are, a few at a time."""
         rows = batch.groups[:, None], batch.rows
         page, cell = self._pages.page[rows], self._pages.cell[rows]
-        return [
-            (number, page_cells(self._pages.stores[number], cell, chosen & (page == number)))
-            for number in np.unique(page[chosen]).tolist()
-        ]
+        for number in np.unique(page[chosen]).tolist():
+            lanes = np.argwhere(chosen & (page == number))
+            across = self._pages.stores[number][0].keys.shape[2]
+            for first in range(0, len(lanes), MOVED_ROWS):
+                few = tuple(lanes[first : first + MOVED_ROWS].T)
+                yield number, moved_rows(few, np.divmod(cell[few], across))
 
     def _prefixes(self, batch: Batch) -> Store:
         width = batch.shape.prefix
@@ -156,7 +162,13 @@ class LaneCache:
         return self._taken[1]
 
 
-def page_cells(page: Store, cell: np.ndarray, chosen: np.ndarray) -> Cells:
-    """Numbers of rows on a page -> its two axes."""
-    first, second = np.divmod(np.where(chosen, cell, 0), page[0].keys.shape[2])
-    return Cells(first.astype(np.int32), second.astype(np.int32), chosen)
+def page_rows(window: int, shards: int = 1) -> int:
+    """A of a page; its B is 1, but where all rows are in their places."""
+    return -(-max(PAGE_SLOTS // window, MOVED_ROWS) // shards) * shards
+
+
+def moved_rows(lanes: Pair, cells: Pair) -> Moved:
+    """At most `MOVED_ROWS` rows, padded to so many."""
+    count, padded = len(lanes[0]), np.zeros((4, MOVED_ROWS), np.int32)
+    padded[:, :count] = *lanes, *cells
+    return Moved(tuple(padded[:2]), tuple(padded[2:]), np.arange(MOVED_ROWS) < count)

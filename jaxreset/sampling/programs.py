@@ -17,18 +17,17 @@ from jaxreset.models.decoder import Decoder, DecoderConfig, Store, unstack, unst
 from jaxreset.models.policy import Policy
 from jaxreset.parallel import decode_shardings, rows_sharding
 from jaxreset.sampling import decoding
-from jaxreset.sampling.decoding import Cells, Drawn, Lanes, Limits
+from jaxreset.sampling.decoding import Drawn, Lanes, Limits, Moved
 from jaxreset.sampling.drawing import (
     Decode,
     Rows,
     Spent,
     Start,
     draw_rows,
-    idle_cells,
     idle_lanes,
 )
-from jaxreset.sampling.lanes import PAGE_ROWS, LaneCache, Moves, Pages
-from jaxreset.sampling.rounds import Held, Shape, Snapshot
+from jaxreset.sampling.lanes import LaneCache, Moves, moved_rows, page_rows
+from jaxreset.sampling.rounds import Held, Pages, Shape, Snapshot
 from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes
 from jaxreset.sampling.streams import LARGE_WEIGHTS, cores
 from jaxreset.sampling.tokens import Draws
@@ -70,7 +69,6 @@ class Programs:
         self._limits = limits
         self._mesh = mesh
         self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        self._page_rows = -(-PAGE_ROWS // self._shards) * self._shards
         self._rows = None if mesh is None else rows_sharding(mesh)
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         self._on_cpu = device.platform == "cpu"
@@ -179,7 +177,7 @@ class Programs:
         hold: bool,
     ) -> tuple[Rows, Pages | None, Spent]:
         """All rows of a part, its keys and values if `hold`, and what was spent."""
-        cache = LaneCache(self._moves(prefix), prefix, part[:2], page_rows=self._page_rows)
+        cache = LaneCache(self._moves(prefix), prefix, part[:2], shards=self._shards)
         rows, spent = draw_rows(
             self._decode(policy, draws._replace(max_new=min(draws.max_new, part.suffix))),
             start,
@@ -200,16 +198,17 @@ class Programs:
         moves, decode = self._moves(prefix), self._decode(policy, draws)
         shapes = self._lane_shapes(policy, part)
         kept = self.empty_part(policy, part, prefix)
-        pages = kept.pages.stores
+        pages, none = kept.pages.stores, np.zeros(0, np.int32)
+        nothing = moved_rows((none, none), (none, none))
         for lanes in shapes:
             shared = moves.take(prefix, np.zeros(lanes.groups, np.int32), lanes.prefix)
             own = moves.empty(lanes.groups, lanes.rows, lanes.window)
             for n, page in enumerate(pages):
-                width, cells = page[0].keys.shape[-1], idle_cells(lanes)
+                rows, _, *_, width = page[0].keys.shape[1:]
                 if width <= lanes.window:
-                    own = moves.load(page, own, cells)
-                if width == lanes.window and page[0].keys.shape[1] == self._page_rows:
-                    pages[n] = moves.save(page, own, cells)
+                    own = moves.load(page, own, nothing)
+                if width == lanes.window and rows == page_rows(width, self._shards):
+                    pages[n] = moves.save(page, own, nothing)
             _, own = decode(shared, own, idle_lanes(lanes), 0)
             if (lanes.groups, lanes.rows) == part[:2]:
                 for wider in {other.window for other in shapes if other.window > lanes.window}:
@@ -222,7 +221,9 @@ class Programs:
         in_place = {s.window for s in shapes if (s.groups, s.rows) == part[:2]}
         paged = {s.window for s in shapes} if len({s[:2] for s in shapes} | {part[:2]}) > 1 else ()
         stores = [moves.empty(*part[:2], window) for window in sorted(in_place)]
-        stores += [moves.empty(self._page_rows, 1, window) for window in sorted(paged)]
+        stores += [
+            moves.empty(page_rows(window, self._shards), 1, window) for window in sorted(paged)
+        ]
         nothing = np.zeros(part[:2], int)
         return Held(range(part.groups), prefix, Pages(stores, nothing, nothing))
 
@@ -235,7 +236,7 @@ class Programs:
                 params,
                 shared,
                 own,
-                jax.device_put(lanes, self._rows),
+                lanes if self._rows is None else jax.device_put(lanes, self._rows),
                 self._automaton,
                 self._limits,
                 draws,
@@ -294,14 +295,15 @@ class _Moves(NamedTuple):
             return store
         return decoding.widen(store, size=window, mesh=self.mesh)
 
-    def save(self, page: Store, own: Store, cells: Cells) -> Store:
-        return decoding.save(page, own, jax.device_put(cells, self.sharding), mesh=self.mesh)
+    def save(self, page: Store, own: Store, moved: Moved) -> Store:
+        return decoding.save(page, own, moved, mesh=self.mesh)
 
-    def load(self, page: Store, own: Store, cells: Cells) -> Store:
-        return decoding.load(page, own, jax.device_put(cells, self.sharding), mesh=self.mesh)
+    def load(self, page: Store, own: Store, moved: Moved) -> Store:
+        return decoding.load(page, own, moved, mesh=self.mesh)
 
     def take(self, prefix: Store, groups: np.ndarray, window: int) -> Store:
-        groups = jax.device_put(groups, self.sharding)
+        if self.sharding is not None:
+            groups = jax.device_put(groups, self.sharding)
         return decoding.take(prefix, groups, size=window, mesh=self.mesh)
 
 

@@ -139,26 +139,30 @@ def next_batch(
         return None
     window = min(s.window for s in shapes if s.window > lengths[running].min())
     waiting = running & (lengths < window)
-    order = np.argsort(-most, stable=True)
+    order, fitting = np.argsort(-most, stable=True), {}
     best = None
     for shape in shapes:
         if shape.window != window:
             continue
-        fits = waiting & (prefix_lengths <= shape.prefix + 1)[:, None]
-        if not fits.any():
+        if shape.prefix not in fitting:
+            fits = waiting & (prefix_lengths <= shape.prefix + 1)[:, None]
+            members = [(group, np.flatnonzero(fits[group])) for group in order[fits[order].any(1)]]
+            fitting[shape.prefix] = fits, members
+        fits, members = fitting[shape.prefix]
+        if not members:
             continue
-        batch = _fill(fits, order, shape)
+        batch = _fill(fits, members, shape)
         slots = shape.groups * (shape.prefix + shape.rows * window)
         cost = costs.step + shape.groups * shape.rows + slots * costs.slot
         per_row = cost / batch.live.sum()
         if best is None or per_row < best[0]:
             best = per_row, batch, int(fits.sum())
     assert best is not None  # some window is S and some prefix P, which every running row fits
-    _, batch, fitting = best
+    _, batch, candidates = best
     taken, lanes = int(batch.live.sum()), batch.live.size
     if all((s.groups, s.rows) == batch.live.shape for s in shapes):
         leave = 0  # nowhere to put the rows that go on
-    elif taken < fitting:
+    elif taken < candidates:
         leave = int(taken * (1 - FREED))
     elif any(s.groups * s.rows < lanes for s in shapes):
         leave = lanes // 2
@@ -170,23 +174,25 @@ def next_batch(
     return batch._replace(leave=max(min(leave, taken - -(-lanes // 16)), 0))
 
 
-def _fill(waiting: np.ndarray, order: np.ndarray, shape: LaneShape) -> Batch:
-    """Rows of `waiting` [N, K] for the lanes of `shape`; a group may be cut in parts."""
+def _fill(waiting: np.ndarray, members: list[tuple[int, np.ndarray]], shape: LaneShape) -> Batch:
+    """Rows of `waiting` [N, K] for the lanes of `shape`; a group may be cut in parts.
+
+    `members`: those rows by group, in the order in which they take lanes.
+    """
     m, k = shape.groups, shape.rows
     if (m, k) == waiting.shape:  # every row in its own place: nothing is moved
         rows = np.tile(np.arange(k, dtype=np.int32), (m, 1))
         return Batch(shape, np.arange(m, dtype=np.int32), rows, waiting, in_place=True)
     parts = [
-        (group, members[first : first + k])
-        for group in order
-        for members in [np.flatnonzero(waiting[group])]
-        for first in range(0, len(members), k)
+        (group, rows[first : first + k])
+        for group, rows in members
+        for first in range(0, len(rows), k)
     ]
     batch = _no_lanes(shape)
-    for lane, (group, members) in enumerate(parts[:m]):
+    for lane, (group, chosen) in enumerate(parts[:m]):
         batch.groups[lane] = group
-        batch.rows[lane, : len(members)] = members
-        batch.live[lane, : len(members)] = True
+        batch.rows[lane, : len(chosen)] = chosen
+        batch.live[lane, : len(chosen)] = True
     return batch
 
 
