@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from model_helpers import random_params
 
 from jaxreset.models.attention import causal_attention, shared_prefix_attention
-from jaxreset.models.decoder import KV, DecoderConfig, RopeScaling
+from jaxreset.models.decoder import KV, DecoderConfig, RopeScaling, unstack, unstacked_graph
 
 WIDE = DecoderConfig(
     vocab=19,
@@ -83,33 +83,39 @@ def test_a_shared_prefix_gives_the_hidden_states_of_plain_sequences(shape, seed)
         np.testing.assert_allclose(shared[valid], plain[valid], rtol=0, atol=1e-12)
 
 
-@given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 10**6))
+@given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 10**6), stacked=st.booleans())
 @settings(max_examples=10, deadline=None, derandomize=True)
-def test_decoding_with_a_cache_gives_the_hidden_states_of_the_update(shape, seed):
+def test_decoding_with_a_cache_gives_the_hidden_states_of_the_update(shape, seed, stacked):
     n, k, p, s = shape
     with jax.enable_x64(True):
         graph, params = random_params(WIDE, seed=5)
-        decoder = nnx.merge(graph, params)
         prefix, lengths, rows, _, _ = random_groups(shape, seed)
         expected = jitted_shared(graph, params, prefix, lengths, rows)
+        if not stacked:
+            graph, params = unstacked_graph(WIDE), unstack(params, graph=graph)
+        decoder = nnx.merge(graph, params)
         rng = np.random.default_rng(seed)
-        ((keys, values),) = decoder.prefill(jnp.asarray(prefix))
         # What lies beyond a prefix, or beyond a row's slot, is junk that nobody may see.
         beyond = (np.arange(p) >= lengths[:, None])[None, :, None]  # [1, N, 1, P]
-        keys = jnp.where(beyond[..., None, :], 9.0, keys)
-        values = jnp.where(beyond[..., None], 9.0, values)
-        shared, around = KV(keys, values), (WIDE.layers, n, k, WIDE.kv_heads)
-        cache = KV(
-            jnp.asarray(rng.normal(size=(*around, WIDE.head_dim, s))),
-            jnp.asarray(rng.normal(size=(*around, s, WIDE.head_dim))),
+        shared = tuple(
+            KV(
+                jnp.where(beyond[..., None, :], 9.0, keys),
+                jnp.where(beyond[..., None], 9.0, values),
+            )
+            for keys, values in decoder.prefill(jnp.asarray(prefix))
         )
-        cache = (cache,)
+        assert len(shared) == (1 if stacked else WIDE.layers)
+
+        def junk(*shape):
+            return jnp.asarray(rng.normal(size=(WIDE.layers // len(shared), n, k, 2, *shape)))
+
+        cache = tuple(KV(junk(WIDE.head_dim, s), junk(s, WIDE.head_dim)) for _ in shared)
         # Rows start late by different delays: meanwhile, and when done, they feed a slot again.
         delays = rng.integers(0, 3, (n, k))
         for step in range(s + 2):
             slots = np.clip(step - delays, 0, s - 1)
             at = (*np.indices((n, k)), slots)
-            hidden, cache = jitted_decode(graph, params, rows[at], slots, (shared,), lengths, cache)
+            hidden, cache = jitted_decode(graph, params, rows[at], slots, shared, lengths, cache)
             np.testing.assert_allclose(hidden, expected[at], rtol=0, atol=1e-12)
 
 

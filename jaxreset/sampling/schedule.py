@@ -160,9 +160,7 @@ def next_batch(
     assert best is not None  # some window is S and some prefix P, which every running row fits
     _, batch, candidates = best
     taken, lanes = int(batch.live.sum()), batch.live.size
-    if all((s.groups, s.rows) == batch.live.shape for s in shapes):
-        leave = 0  # nowhere to put the rows that go on
-    elif taken < candidates:
+    if taken < candidates:
         leave = int(taken * (1 - FREED))
     elif any(s.groups * s.rows < lanes for s in shapes):
         leave = lanes // 2

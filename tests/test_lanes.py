@@ -1,0 +1,190 @@
+"""Streams and lanes: however a round is dealt out and moved about, every row keeps what it drew."""
+
+from __future__ import annotations
+
+import doctest
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_sampling import assert_rounds_equal, random_prompts, random_snapshots
+from test_schedule import CPU
+
+from jaxreset.models.decoder import KV
+from jaxreset.sampling import Sampler, Shape, StopRules, Stream, streams
+from jaxreset.sampling.lanes import LaneCache, page_rows
+from jaxreset.sampling.schedule import lane_shapes, next_batch
+from jaxreset.sampling.streams import deal, run_side_by_side
+
+# Streams
+
+
+def test_the_docstrings_examples_are_true():
+    failed, tried = doctest.testmod(streams)
+    assert tried >= 2
+    assert failed == 0
+
+
+@given(st.integers(1, 200), st.integers(1, 64))
+def test_every_group_is_dealt_to_one_stream_and_none_is_empty(count, most):
+    parts = deal(count, most)
+    assert [g for part in parts for g in part] == list(range(count))
+    sizes = [len(part) for part in parts]
+    assert len(parts) == min(count, most)
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) == -(-count // most)  # what a stream's programs have room for
+
+
+def test_the_error_of_a_stream_is_raised():
+    def fail():
+        raise ValueError("of one stream")
+
+    with pytest.raises(ValueError, match="of one stream"):
+        run_side_by_side([lambda: 1, fail, lambda: 3])
+
+
+def test_streams_compute_with_the_settings_of_their_caller():
+    def seen():
+        return jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+
+    with jax.enable_x64(True), jax.default_matmul_precision("float32"):
+        assert run_side_by_side([seen] * 3) == [(True, "float32")] * 3
+    assert run_side_by_side([seen] * 3) == [(False, None)] * 3
+
+
+@pytest.fixture(scope="module")
+def make_sampler(automaton):
+    base, child = Shape(5, 4, 12, 24), Shape(11, 4, 36, 24)
+
+    def make(**options):
+        return Sampler(
+            automaton,
+            StopRules(max_response=24, max_steps=6, max_step_tokens=9),
+            eos_ids=(1,),
+            shapes=[base],
+            forks=[(base, child), (child, child)],
+            **options,
+        )
+
+    return make
+
+
+def three_rounds(sampler, policy, seed):
+    """A base round, branches from all over it, and branches of those."""
+    round_ = sampler.sample(policy, random_prompts(5), rows=4, stream=Stream(seed))
+    rounds = [round_]
+    for phase in (1, 2):
+        snapshots = random_snapshots(round_, 11 - phase, seed)
+        round_ = sampler.resume(policy, snapshots, rows=4, stream=Stream(seed, phase=phase))
+        rounds.append(round_)
+    return rounds
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"streams": 2}, {"streams": 3, "slots": 24}, {"streams": 3, "hold_cache": "never"}],
+    ids=str,
+)
+def test_streams_draw_what_one_draws(policy64, make_sampler, options):
+    one, several = make_sampler(streams=1), make_sampler(**options)
+    for seed in range(3):
+        drawn = (three_rounds(sampler, policy64, seed) for sampler in (one, several))
+        for ours, theirs in zip(*drawn, strict=True):
+            assert_rounds_equal(ours, theirs)
+            assert len(ours.held) == 1
+            assert len(theirs.held) == (0 if "hold_cache" in options else options["streams"])
+
+
+def test_the_layout_of_accelerators_draws_the_same(policy64, make_sampler):
+    """There all layers are in one stack, and one loop runs over them."""
+    there = make_sampler()
+    there._programs._on_cpu = False
+    for ours, theirs in zip(
+        three_rounds(make_sampler(), policy64, 1), three_rounds(there, policy64, 1), strict=True
+    ):
+        assert_rounds_equal(ours, theirs)
+        (part,) = theirs.held
+        assert [len(stack.keys) for stack in part.prefix] == [policy64.config.layers]
+        assert len(ours.held[0].prefix) == policy64.config.layers
+
+
+# Lanes
+
+
+class Numpy:
+    """`lanes.Moves` in plain numpy, on stores of one number a slot."""
+
+    def empty(self, groups, rows, window):
+        return (KV(np.zeros((1, groups, rows, 1, 1, window), int), None),)
+
+    def widen(self, store, window):
+        wider = self.empty(*store[0].keys.shape[1:3], window)
+        wider[0].keys[..., : store[0].keys.shape[-1]] = store[0].keys
+        return wider
+
+    def save(self, page, own, moved):
+        for m, k, a, b in self._chosen(moved):
+            page[0].keys[0, a, b] = own[0].keys[0, m, k]
+        return page
+
+    def load(self, page, own, moved):
+        for m, k, a, b in self._chosen(moved):
+            own[0].keys[0, m, k, ..., : page[0].keys.shape[-1]] = page[0].keys[0, a, b]
+        return own
+
+    def take(self, prefix, groups, window):
+        return (KV(prefix[0].keys[:, groups, ..., :window], None),)
+
+    def _chosen(self, moved):
+        places = zip(*moved.lanes, *moved.cells, moved.chosen, strict=True)
+        return [place[:4] for place in places if place[4]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_every_row_is_found_on_its_page(data):
+    groups, rows = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 6))
+    size, slots = data.draw(st.integers(1, 300)), data.draw(st.none() | st.integers(1, 40))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    wanted = np.clip(rng.geometric(4 / (3 + size), (groups, rows)), 1, size)
+    prefixes = np.full(groups, 70)
+    prefix = (KV(np.arange(groups).reshape(1, -1, 1, 1, 1) + np.zeros(70, int), None),)
+    moves, lengths, batch = Numpy(), np.zeros((groups, rows), int), None
+    cache = LaneCache(moves, prefix, (groups, rows))
+    shapes = lane_shapes(groups, rows, 70, size, slots=slots)
+    most = np.full(groups, size)
+    while batch := next_batch(
+        lengths, lengths < wanted, most, prefixes, shapes, costs=CPU, before=batch
+    ):
+        shared, own = cache.enter(batch)
+        window = batch.shape.window
+        assert own[0].keys.shape[1:3] == batch.live.shape
+        left = []
+        for m, k in np.argwhere(batch.live):
+            row = batch.groups[m], batch.rows[m, k]
+            assert (shared[0].keys[0, m] == row[0]).all()
+            left.append(min(wanted[row], window) - lengths[row])
+        steps = sorted(left)[-1 - batch.leave]
+        for (m, k), can in zip(np.argwhere(batch.live), left, strict=True):
+            row = batch.groups[m], batch.rows[m, k]
+            end = lengths[row] + min(can, steps)
+            # Each slot holds the name of the row and of the token.
+            names = np.arange(lengths[row], end) + 1000 * (row[0] * rows + row[1]) + 1
+            own[0].keys[0, m, k, 0, 0, lengths[row] : end] = names
+            lengths[row] = end
+        cache.leave(own)
+    pages = cache.finish()
+    for row in np.ndindex(groups, rows):
+        page = pages.stores[pages.page[row]][0].keys
+        found = page[0].reshape(-1, page.shape[-1])[pages.cell[row], : wanted[row]]
+        np.testing.assert_array_equal(
+            found, np.arange(wanted[row]) + 1000 * (row[0] * rows + row[1]) + 1
+        )
+    # Pages hold a few rows too many, and windows twice what a row needs at most.
+    kept = sum(page[0].keys.size for page in pages.stores)
+    widths = {page[0].keys.shape[-1] for page in pages.stores}
+    if pages.stores[0][0].keys.shape[1:3] != (groups, rows):
+        spare = sum(2 * page_rows(width) * width for width in widths)
+        assert kept <= spare + 2 * np.maximum(wanted, 32).sum()
