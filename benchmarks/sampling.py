@@ -22,13 +22,14 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from flax import nnx
 
 from jaxreset.models.decoder import Decoder, DecoderConfig
 from jaxreset.models.policy import Policy
-from jaxreset.sampling import Round, Sampler, Shape, Snapshot, StopRules, Stream
+from jaxreset.sampling import Round, Sampler, Shape, Snapshot, StopRules, Stream, schedule
 from jaxreset.steps import build_automaton
 
 TUNIX = "google-tunix==0.1.7"
@@ -216,6 +217,7 @@ def long_tail(policy: Policy) -> tuple[dict[str, Contender], dict[str, float]]:
     drawn = tail.sample(policy, prompts, rows=ROWS, stream=Stream(0))
     lengths, mean = drawn.lengths, round(float(drawn.lengths.mean()))
     equal = new_sampler(SIZES["vocab"], mean, [shape._replace(suffix=mean)], slots=slots)
+    static = new_sampler(SIZES["vocab"], most, [shape._replace(groups=slots // ROWS)], **ends)
     batches = lengths.reshape(-1, slots)
     facts = {
         "rollouts": lengths.size,
@@ -225,9 +227,21 @@ def long_tail(policy: Policy) -> tuple[dict[str, Contender], dict[str, float]]:
         "slot utilization of a static batch": lengths.sum() / (batches.max(1).sum() * slots),
         "rows that share a prefix when it is read": lengths.sum() / drawn.prefix_reads,
     }
+
+    def in_static_batches(seed: int) -> None:
+        """As many rows at a time as there are slots, until the last of them has ended."""
+        with patch.object(schedule, "MIN_LANES", slots * slots):  # so lanes stay as they are
+            for first in range(0, groups, slots // ROWS):
+                batch, ids = (
+                    slice(first, first + slots // ROWS),
+                    range(first, first + slots // ROWS),
+                )
+                static.sample(policy, prompts[batch], rows=ROWS, stream=Stream(0), ids=ids)
+
     return {
         "ours": timed(lambda seed: tail.sample(policy, prompts, rows=ROWS, stream=Stream(0))),
         "equal": timed(lambda seed: equal.sample(policy, prompts, rows=ROWS, stream=Stream(0))),
+        "static": timed(in_static_batches),
     }, facts
 
 
@@ -347,9 +361,11 @@ def base_part(repeats: int) -> dict[str, float]:
 def tail_part(repeats: int) -> dict[str, float]:
     contenders, facts = long_tail(new_policy())
     seconds = take_turns(contenders, min(repeats, 3))
-    return {"tail_over_equal": seconds["ours"] / seconds["equal"]} | {
-        f"tail: {name}": value for name, value in facts.items()
+    ratios = {
+        "tail_over_equal": seconds["ours"] / seconds["equal"],
+        "static_over_equal": seconds["static"] / seconds["equal"],
     }
+    return ratios | {f"tail: {name}": value for name, value in facts.items()}
 
 
 def phase_ratios(policy: Policy, repeats: int, name: str, **sizes: int) -> dict[str, float]:
@@ -395,7 +411,7 @@ Written by `python benchmarks/sampling.py --table FILE`, which says what each co
   shared prefixes.
 - `reset_X_pN`: the same of a reset round: 8 groups of 4 rows, cut after 40 to 96 tokens, 32 new ones.
 - `tail_over_equal`: a token's cost in 1,024 rollouts of very unlike lengths through 64 slots, over that at
-  equal lengths.
+  equal lengths; `static_over_equal`: of the same rollouts in batches of 64 that wait for their last row.
 - `srpo_over_grpo`: the cost of SRPO's sampling (base, localise, reset) over that of GRPO's one round, with
   answers of 16 tokens; `_inline` where the question stands behind the attempt, `_a512` with answers of 512
   tokens. 32 prompts × 8 rows on the embedded task's model, responses of 56 tokens; `_r512`: of 512.

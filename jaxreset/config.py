@@ -117,7 +117,7 @@ class Sampling(Section):
     max_steps: PositiveInt = 20
     max_step_tokens: PositiveInt = 16
     slots: PositiveInt | None = Field(
-        None, description="most rows decoded at once; null: 32 on CPU, else all"
+        None, description="most rows decoded at once; null: 32 a core on CPU, else all"
     )
     hold_cache: Literal["auto", "always", "never"] = Field(
         "auto", description="keep caches for resets, or prefill again"

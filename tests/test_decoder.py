@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from model_helpers import random_params
 
 from jaxreset.models.attention import causal_attention, shared_prefix_attention
-from jaxreset.models.decoder import KV, DecoderConfig, RopeScaling, unstack, unstacked_graph
+from jaxreset.models.decoder import KV, DecoderConfig, RopeScaling
+from jaxreset.models.unstacked import unstack, unstacked_graph
 
 WIDE = DecoderConfig(
     vocab=19,

@@ -348,26 +348,6 @@ class Decoder(nnx.Module):
         return carry, tuple(made)
 
 
-@functools.cache
-def unstacked_graph(config: DecoderConfig) -> nnx.GraphDef[Decoder]:
-    """Structure of an unstacked decoder of these sizes."""
-
-    def make() -> Decoder:
-        decoder = Decoder(config, rngs=nnx.Rngs(0))
-        decoder.unstack()
-        return decoder
-
-    return nnx.split(nnx.eval_shape(make))[0]
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def unstack(params: nnx.State, *, graph: nnx.GraphDef[Decoder]) -> nnx.State:
-    """Parameters of a stacked decoder -> those of the unstacked one."""
-    decoder = nnx.merge(graph, params)
-    decoder.unstack()
-    return nnx.state(decoder)
-
-
 def _take_layer(stack: Block, index: Array | int) -> Block:
     graph, stacked = nnx.split(stack)
     return nnx.merge(graph, jax.tree.map(lambda p: p[index], stacked))

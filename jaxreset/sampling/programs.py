@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxreset.models.decoder import Decoder, DecoderConfig, Store, unstack, unstacked_graph
+from jaxreset.models.decoder import Decoder, DecoderConfig, Store
 from jaxreset.models.policy import Policy
+from jaxreset.models.unstacked import unstack, unstacked_graph
 from jaxreset.parallel import decode_shardings, rows_sharding
 from jaxreset.sampling import decoding
 from jaxreset.sampling.decoding import Drawn, Lanes, Limits, Moved
@@ -94,7 +95,7 @@ class Programs:
         for n, prefix in enumerate(prefixes):
             tokens[n, : len(prefix)] = prefix
         tokens = jax.device_put(tokens, self._rows)
-        graph, params = self._laid_out(policy)
+        graph, params = self.layout(policy)
         return decoding.prefill(params, tokens, graph=graph, mesh=self._mesh)
 
     def fork(self, held: Sequence[Held], shape: Shape, snapshots: Sequence[Snapshot]) -> Store:
@@ -163,7 +164,7 @@ class Programs:
             lengths[n] = len(kept)
             tokens[n, : len(question)] = [kept[-1], *question[:-1]]
         lengths, tokens = jax.device_put((lengths, tokens), self._rows)
-        graph, params = self._laid_out(policy)
+        graph, params = self.layout(policy)
         return decoding.extend(params, prefix, lengths, tokens, graph=graph, mesh=self._mesh)
 
     def draw(
@@ -229,7 +230,7 @@ class Programs:
 
     def _decode(self, policy: Policy, draws: Draws) -> Decode:
         """`decoding.decode`, with what changes from segment to segment left open."""
-        graph, params = self._laid_out(policy)
+        graph, params = self.layout(policy)
 
         def decode(shared: Store, own: Store, lanes: Lanes, leave: int) -> tuple[Drawn, Store]:
             return decoding.decode(
@@ -265,7 +266,7 @@ class Programs:
         slot = ATTENTION_RATE * model.layers * attention / products
         return Costs(CPU_STEP if self._on_cpu else ACCELERATOR_STEP, slot)
 
-    def _laid_out(self, policy: Policy) -> Layout:
+    def layout(self, policy: Policy) -> Layout:
         """The policy as decoding wants it; samplers on one mesh share the copy."""
         if self._mesh is None and not self._on_cpu:
             return policy.graph, policy.params

@@ -69,8 +69,8 @@ class Sampler:
       shapes: the sizes to compile for; `sample` takes the smallest that holds its prompts. None: sizes
         are rounded up to powers of two and compiled when first met, for interactive use.
       forks: (parent, child) sizes for `resume`; a parent is one of `shapes` or an earlier child.
-      slots: most rows that decode at once; the others wait for a place. None: 32 on CPU, where more
-        make none cheaper, and all elsewhere.
+      slots: most rows that decode at once, in all streams together; the others wait for a place. None:
+        32 a stream on CPU, where more make none cheaper, and all elsewhere.
       streams: threads that each draw some of a round's groups. None: on CPU one a core, unless the
         weights are large, and one elsewhere.
       question_tokens: most tokens that `resume` may put behind a snapshot; 0: it gets no questions.
@@ -323,6 +323,7 @@ class Sampler:
             rows = jax.tree.map(lambda x: x[: len(groups)], rows)
             return rows, None if pages is None else Held(groups, prefix, pages), spent
 
+        programs.layout(policy)  # once, before streams ask for it side by side
         parts = deal(len(prefixes), programs.streams(policy))
         drawn, held, spent = zip(
             *run_side_by_side([partial(stream, p) for p in parts]), strict=True
