@@ -368,15 +368,18 @@ def tail_part(repeats: int) -> dict[str, float]:
     return ratios | {f"tail: {name}": value for name, value in facts.items()}
 
 
-def phase_ratios(policy: Policy, repeats: int, name: str, **sizes: int) -> dict[str, float]:
+def phase_ratios(
+    policy: Policy, repeats: int, name: str, *, quick: bool = False, **sizes: int
+) -> dict[str, float]:
     """SRPO's and the ladder's sampling, by the localiser's kind and the length of its answers."""
-    short, inline, long = (
-        Phases(policy, answer=answer, inline=inline, **sizes)
-        for answer, inline in ((16, False), (16, True), (512, False))
-    )
-    srpo = {"": short.srpo, "_inline": inline.srpo, "_a512": long.srpo}
+    short, inline = (Phases(policy, answer=16, inline=inline, **sizes) for inline in (False, True))
+    srpo = {"": short.srpo, "_inline": inline.srpo}
+    if not quick:
+        srpo["_a512"] = Phases(policy, answer=512, **sizes).srpo
     seconds = take_turns(srpo | {"grpo": short.grpo}, repeats)
     ratios = {f"srpo_over_grpo{name}{kind}": seconds[kind] / seconds["grpo"] for kind in srpo}
+    if quick:
+        return ratios
     ladder = {"": short.ladder_per_token, "_inline": inline.ladder_per_token}
     seconds = take_turns(ladder | {"base": short.base_per_token}, repeats)
     return ratios | {
@@ -396,7 +399,8 @@ def phases_part(repeats: int) -> dict[str, float]:
 def large_part(repeats: int) -> dict[str, float]:
     """A model of half a billion parameters; one turn takes long."""
     large = new_policy(HALF_BILLION)
-    return phase_ratios(large, 1, "_0.5b", prompts=4, prompt=32, response=64)
+    sizes = {"prompts": 8, "prompt": 32, "response": 64}
+    return phase_ratios(large, 1, "_0.5b", quick=True, **sizes)
 
 
 PARTS = {"base": base_part, "tail": tail_part, "phases": phases_part, "large": large_part}
@@ -415,6 +419,7 @@ Written by `python benchmarks/sampling.py --table FILE`, which says what each co
 - `srpo_over_grpo`: the cost of SRPO's sampling (base, localise, reset) over that of GRPO's one round, with
   answers of 16 tokens; `_inline` where the question stands behind the attempt, `_a512` with answers of 512
   tokens. 32 prompts × 8 rows on the embedded task's model, responses of 56 tokens; `_r512`: of 512.
+  `_0.5b`: 8 prompts × 8 rows on a model of half a billion parameters, responses of 64 tokens, one turn.
 - `ladder_over_base`: a token's cost in a ladder of three rungs, over that in the base round.
 
 """

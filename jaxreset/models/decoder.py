@@ -85,6 +85,14 @@ class Rotation(NamedTuple):
     sin: Array
 
 
+class Place(NamedTuple):
+    """Where the tokens of a decoding step stand: their rotation, and which own slots `[N, K, 1, S]` each
+    sees."""
+
+    turn: Rotation
+    mask: Array
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, in float32 at least."""
 
@@ -264,8 +272,19 @@ class Decoder(nnx.Module):
         (_, own), _ = self._scan(layer, start, remat=remat)
         return self.norm(own)
 
+    def place(self, slots: Array, prefix_lengths: Array, size: int) -> Place:
+        """Of tokens in the own `slots` `[N, K]` of rows with `size` of them."""
+        turn = rotation((prefix_lengths[:, None] + slots)[..., None], self.config)
+        return Place(turn, (jnp.arange(size) <= slots[..., None])[:, :, None])
+
     def decode(
-        self, tokens: Array, slots: Array, prefix: Store, prefix_lengths: Array, suffix: Store
+        self,
+        tokens: Array,
+        slots: Array,
+        prefix: Store,
+        prefix_lengths: Array,
+        suffix: Store,
+        place: Place | None = None,
     ) -> tuple[Array, Store]:
         """One decoding step for K rows of N groups.
 
@@ -275,13 +294,13 @@ class Decoder(nnx.Module):
           prefix: keys and values shared by a group's rows, `[L, N, ...]` with P slots.
           prefix_lengths: `[N]` int, slots of `prefix` that exist.
           suffix: the rows' own keys and values, `[L, N, K, ...]` with S slots.
+          place: of the slots. A loop that carries it keeps it from being computed in every layer.
 
         Returns:
           `[N, K, E]` hidden states that predict the next tokens, and `suffix` with the slots written.
         """
-        turn = rotation((prefix_lengths[:, None] + slots)[..., None], self.config)
         size = suffix[0].keys.shape[-1]
-        mask = (jnp.arange(size) <= slots[..., None])[:, :, None]  # [N, K, 1, S]
+        turn, mask = place or self.place(slots, prefix_lengths, size)
         group, row = jnp.indices(tokens.shape)
 
         def layer(
@@ -386,8 +405,7 @@ def rotation(positions: Array, config: DecoderConfig) -> Rotation:
         kept = jnp.clip((ratio - scaling.low_freq_factor) / span, 0, 1)
         frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
     angles = positions[..., None].astype(dtype) * frequencies
-    # Kept from being fused, and so computed again, into every layer.
-    return Rotation(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
 def rotate(x: Array, turn: Rotation) -> Array:

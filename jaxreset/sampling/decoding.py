@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxreset.models.decoder import KV, Decoder, Store
+from jaxreset.models.decoder import KV, Decoder, Place, Store
 from jaxreset.parallel import cache_sharding
 from jaxreset.sampling.rounds import StopReason
 from jaxreset.sampling.tokens import Draws, draw_token, row_keys
@@ -295,14 +295,19 @@ def decode(
     def able(drawn: Drawn) -> Array:
         return (drawn.reasons == StopReason.RUNNING) & (drawn.lengths < window)
 
-    def going_on(state: tuple[Drawn, Store]) -> Array:
+    def place(lengths: Array) -> Place:
+        return model.place(lengths, lanes.prefix_lengths - 1, window)
+
+    def going_on(state: tuple[Drawn, Store, Place]) -> Array:
         return able(state[0]).sum() > leave
 
-    def step(state: tuple[Drawn, Store]) -> tuple[Drawn, Store]:
-        drawn, own = state
+    def step(state: tuple[Drawn, Store, Place]) -> tuple[Drawn, Store, Place]:
+        drawn, own, here = state
         live = able(drawn)
         # A lane that can't go on writes the slot after its last token, which nothing needs.
-        hidden, own = model.decode(drawn.last, drawn.lengths, shared, lanes.prefix_lengths - 1, own)
+        hidden, own = model.decode(
+            drawn.last, drawn.lengths, shared, lanes.prefix_lengths - 1, own, here
+        )
         logits = jnp.dot(hidden, head, preferred_element_type=jnp.promote_types(head, jnp.float32))
         token, behavior, sampling = draw_token(logits, keys, used + drawn.lengths, draws)
 
@@ -349,7 +354,7 @@ def decode(
             reasons=keep(reason, drawn.reasons),
             steps=drawn.steps + 1,
         )
-        return drawn, own
+        return drawn, own, place(lengths)
 
     zeros = jnp.zeros((*shape, window), jnp.promote_types(head.dtype, jnp.float32))
     start = Drawn(
@@ -362,7 +367,7 @@ def decode(
         reasons=jnp.where(lanes.live, StopReason.RUNNING, StopReason.LENGTH),
         steps=jnp.int32(0),
     )
-    drawn, own = jax.lax.while_loop(going_on, step, (start, own))
+    drawn, own, _ = jax.lax.while_loop(going_on, step, (start, own, place(lanes.lengths)))
     return drawn, _constrain(own, mesh)
 
 

@@ -64,29 +64,13 @@ class LaneCache:
           The lanes' prefixes, M × P' slots, and their own, M × K' × W slots, to be used up and given
           back to `leave`.
         """
-        before, own, moves, shape = self._batch, self._own, self._moves, batch.shape
-        if batch.in_place and not self._pages.stores:
-            if own is None:
-                own = moves.empty(*self._shape, shape.window)
-            elif before is not None and before.shape.window < shape.window:
-                own = moves.widen(own, shape.window)
-        else:
-            stays = np.zeros_like(batch.live)
-            if before is not None and own is not None:
-                same = before.shape._replace(prefix=0) == shape._replace(prefix=0)
-                if before.in_place and not self._pages.stores:
-                    self._keep_in_place(own)
-                    same = False
-                elif same:
-                    stays = batch.live & before.live & (before.rows == batch.rows)
-                    stays &= (before.groups == batch.groups)[:, None]
-                    self._write(own, before, before.live & ~stays)
-                else:
-                    self._write(own, before, before.live)
-                own = own if same else None
-            if own is None:
-                own = moves.empty(shape.groups, shape.rows, shape.window)
-            own = self._read(own, batch, batch.live & ~stays)
+        before, own, window = self._batch, self._own, batch.shape.window
+        if not (batch.in_place and not self._pages.stores):
+            own = self._exchange(batch)
+        elif before is None or own is None:
+            own = self._moves.empty(*self._shape, window)
+        elif before.shape.window < window:
+            own = self._moves.widen(own, window)
         self._batch, self._own = batch, None
         return self._prefixes(batch), own
 
@@ -102,6 +86,25 @@ class LaneCache:
             else:
                 self._write(self._own, self._batch, self._batch.live)
         return self._pages if self._pages.stores else None
+
+    def _exchange(self, batch: Batch) -> Store:
+        """The lanes' stores after rows that leave were written to pages, and others read from them."""
+        before, own, shape = self._batch, self._own, batch.shape
+        stays = np.zeros_like(batch.live)
+        if before is not None and own is not None:
+            if before.in_place and not self._pages.stores:
+                self._keep_in_place(own)
+                own = None
+            elif before.shape._replace(prefix=0) == shape._replace(prefix=0):
+                stays = batch.live & before.live & (before.rows == batch.rows)
+                stays &= (before.groups == batch.groups)[:, None]
+                self._write(own, before, before.live & ~stays)
+            else:
+                self._write(own, before, before.live)
+                own = None
+        if own is None:
+            own = self._moves.empty(shape.groups, shape.rows, shape.window)
+        return self._read(own, batch, batch.live & ~stays)
 
     def _keep_in_place(self, own: Store) -> None:
         self._places = len(self._pages.stores)

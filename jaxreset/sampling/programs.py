@@ -180,7 +180,7 @@ class Programs:
         """All rows of a part, its keys and values if `hold`, and what was spent."""
         cache = LaneCache(self._moves(prefix), prefix, part[:2], shards=self._shards)
         rows, spent = draw_rows(
-            self._decode(policy, draws._replace(max_new=min(draws.max_new, part.suffix))),
+            self._decode(policy, draws._replace(max_new=np.int32(min(draws.max_new, part.suffix)))),
             start,
             cache,
             self._lane_shapes(policy, part),
