@@ -232,10 +232,8 @@ def long_tail(policy: Policy) -> tuple[dict[str, Contender], dict[str, float]]:
         """As many rows at a time as there are slots, until the last of them has ended."""
         with patch.object(schedule, "MIN_LANES", slots * slots):  # so lanes stay as they are
             for first in range(0, groups, slots // ROWS):
-                batch, ids = (
-                    slice(first, first + slots // ROWS),
-                    range(first, first + slots // ROWS),
-                )
+                batch = slice(first, first + slots // ROWS)
+                ids = range(groups)[batch]
                 static.sample(policy, prompts[batch], rows=ROWS, stream=Stream(0), ids=ids)
 
     return {

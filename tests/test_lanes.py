@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-
 import jax
 import numpy as np
 import pytest
@@ -13,18 +11,12 @@ from test_sampling import assert_rounds_equal, random_prompts, random_snapshots
 from test_schedule import CPU
 
 from jaxreset.models.decoder import KV
-from jaxreset.sampling import Sampler, Shape, StopRules, Stream, streams
+from jaxreset.sampling import Sampler, Shape, StopRules, Stream, programs
 from jaxreset.sampling.lanes import LaneCache, page_rows
 from jaxreset.sampling.schedule import lane_shapes, next_batch
 from jaxreset.sampling.streams import deal, run_side_by_side
 
 # Streams
-
-
-def test_the_docstrings_examples_are_true():
-    failed, tried = doctest.testmod(streams)
-    assert tried >= 2
-    assert failed == 0
 
 
 @given(st.integers(1, 200), st.integers(1, 64))
@@ -95,6 +87,25 @@ def test_streams_draw_what_one_draws(policy64, make_sampler, options):
             assert_rounds_equal(ours, theirs)
             assert len(ours.held) == 1
             assert len(theirs.held) == (0 if "hold_cache" in options else options["streams"])
+
+
+def test_no_more_rows_decode_at_once_than_slots_allow(policy32, make_sampler):
+    prompts = random_prompts(5)
+    for slots, parts in ((4, 1), (8, 2), (11, 2), (12, 3), (400, 3)):
+        drawn = make_sampler(streams=3, slots=slots).sample(
+            policy32, prompts, rows=4, stream=Stream(0)
+        )
+        assert len(drawn.held) == parts
+
+
+def test_samplers_share_the_layout_of_a_policy(policy32, make_sampler):
+    policy = policy32.with_params(policy32.params, 1)
+    one, other = (make_sampler()._programs.layout(policy)[1] for _ in range(2))
+    assert one is other
+    assert policy in programs._LAYOUTS
+    count = len(programs._LAYOUTS)
+    del policy
+    assert len(programs._LAYOUTS) == count - 1  # the copy goes with the policy
 
 
 def test_the_layout_of_accelerators_draws_the_same(policy64, make_sampler):

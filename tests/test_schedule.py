@@ -16,7 +16,7 @@ from test_sampling import assert_rounds_equal, random_prompts, random_snapshots
 
 from jaxreset.models.decoder import KV, Decoder, DecoderConfig
 from jaxreset.parallel import make_mesh, param_shardings
-from jaxreset.sampling import Sampler, Shape, StopRules, Stream, decoding, schedule
+from jaxreset.sampling import Sampler, Shape, StopRules, Stream, decoding, schedule, streams
 from jaxreset.sampling.decoding import Limits, decode
 from jaxreset.sampling.drawing import idle_lanes
 from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes, next_batch, windows
@@ -72,9 +72,10 @@ def test_every_row_is_drawn_to_its_end_in_the_shapes_that_were_compiled(data):
     simulate(wanted, shapes, prefixes=prefixes)
 
 
-def test_the_docstrings_examples_are_true():
-    failed, tried = doctest.testmod(schedule)
-    assert tried >= 3
+@pytest.mark.parametrize(("module", "examples"), [(schedule, 3), (streams, 2)])
+def test_the_docstrings_examples_are_true(module, examples):
+    failed, tried = doctest.testmod(module)
+    assert tried >= examples
     assert failed == 0
 
 

@@ -251,10 +251,10 @@ def save(page: Store, own: Store, moved: Moved, *, mesh: Mesh | None = None) -> 
 
 
 @partial(jax.jit, static_argnames="mesh", donate_argnames="store")
-def place(store: Store, some: Store, groups: Array, *, mesh: Mesh | None = None) -> Store:
+def overwrite(store: Store, some: Store, groups: Array, *, mesh: Mesh | None = None) -> Store:
     """The store with the groups of another written over `groups`; those out of range are dropped."""
-    placed = jax.tree.map(lambda all, some: all.at[:, groups].set(some, mode="drop"), store, some)
-    return _constrain(placed, mesh)
+    written = jax.tree.map(lambda all, some: all.at[:, groups].set(some, mode="drop"), store, some)
+    return _constrain(written, mesh)
 
 
 @partial(jax.jit, static_argnames=("graph", "mesh"), donate_argnames="own")

@@ -95,7 +95,7 @@ class LaneCache:
             if before.in_place and not self._pages.stores:
                 self._keep_in_place(own)
                 own = None
-            elif before.shape._replace(prefix=0) == shape._replace(prefix=0):
+            elif before.shape.own == shape.own:
                 stays = batch.live & before.live & (before.rows == batch.rows)
                 stays &= (before.groups == batch.groups)[:, None]
                 self._write(own, before, before.live & ~stays)
@@ -103,7 +103,7 @@ class LaneCache:
                 self._write(own, before, before.live)
                 own = None
         if own is None:
-            own = self._moves.empty(shape.groups, shape.rows, shape.window)
+            own = self._moves.empty(*shape.own)
         return self._read(own, batch, batch.live & ~stays)
 
     def _keep_in_place(self, own: Store) -> None:

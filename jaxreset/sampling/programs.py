@@ -76,18 +76,19 @@ class Programs:
         self._slots = slots
         self._streams = streams
 
-    def streams(self, policy: Policy) -> int:
-        """Threads that draw a round."""
+    def streams(self, policy: Policy, rows: int) -> int:
+        """Threads that draw a round of groups of `rows`: no more than `slots` has room for."""
+        most = 1
         if self._streams is not None:
-            return self._streams
-        if self._mesh is not None or not self._on_cpu:
-            return 1
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(policy.params))
-        return 1 if weights > LARGE_WEIGHTS else cores()
+            most = self._streams
+        elif self._on_cpu and self._mesh is None:
+            weights = sum(leaf.nbytes for leaf in jax.tree.leaves(policy.params))
+            most = cores() if weights <= LARGE_WEIGHTS else 1
+        return most if self._slots is None else max(min(most, self._slots // rows), 1)
 
     def part(self, policy: Policy, shape: Shape) -> Shape:
         """Sizes of what one stream draws of a round."""
-        return shape._replace(groups=-(-shape.groups // self.streams(policy)))
+        return shape._replace(groups=-(-shape.groups // self.streams(policy, shape.rows)))
 
     def prefill(self, policy: Policy, shape: Shape, prefixes: Sequence[np.ndarray]) -> Store:
         """The prefix store of at most N prefixes."""
@@ -114,14 +115,14 @@ class Programs:
             for first in range(0, len(members), some.groups):
                 places, chosen = zip(*members[first : first + some.groups], strict=True)
                 forked = self._fork_page(held[part], page, some, dict(enumerate(chosen)))
-                store = self._place(store, forked, places)
+                store = self._overwrite(store, forked, places)
         return store
 
     def compile_fork(self, held: Held, shape: Shape) -> Store:
         """Compiles all that `fork` may need of a part with a page of every kind."""
         for page in range(len(held.pages.stores)):
             store = self._fork_page(held, page, shape, {})
-            store = self._place(store, self._fork_page(held, page, self._few(shape), {}), ())
+            store = self._overwrite(store, self._fork_page(held, page, self._few(shape), {}), ())
         return store
 
     def _fork_page(
@@ -139,11 +140,11 @@ class Programs:
         places = jax.device_put(places, self._rows)
         return decoding.fork(held.prefix, suffix, *places, size=shape.prefix, mesh=self._mesh)
 
-    def _place(self, store: Store, forked: Store, places: Sequence[int]) -> Store:
+    def _overwrite(self, store: Store, forked: Store, places: Sequence[int]) -> Store:
         size = forked[0].keys.shape[1]
         groups = np.full(size, store[0].keys.shape[1], np.int32)  # out of range: dropped
         groups[: len(places)] = places
-        return decoding.place(store, forked, groups, mesh=self._mesh)
+        return decoding.overwrite(store, forked, groups, mesh=self._mesh)
 
     def _few(self, shape: Shape) -> Shape:
         groups = -(-FORK_GROUPS // self._shards) * self._shards
@@ -205,7 +206,7 @@ class Programs:
             shared = moves.take(prefix, np.zeros(lanes.groups, np.int32), lanes.prefix)
             own = moves.empty(lanes.groups, lanes.rows, lanes.window)
             for n, page in enumerate(pages):
-                rows, _, *_, width = page[0].keys.shape[1:]
+                rows, width = page[0].keys.shape[1], page[0].keys.shape[-1]
                 if width <= lanes.window:
                     own = moves.load(page, own, nothing)
                 if width == lanes.window and rows == page_rows(width, self._shards):
@@ -254,7 +255,7 @@ class Programs:
     def _lane_shapes(self, policy: Policy, part: Shape) -> list[LaneShape]:
         slots = CPU_SLOTS if self._on_cpu else None
         if self._slots is not None:
-            slots = max(self._slots // self.streams(policy), 1)
+            slots = self._slots // self.streams(policy, part.rows)
         return lane_shapes(*part, slots=slots, shards=self._shards)
 
     def _costs(self, model: DecoderConfig) -> Costs:

@@ -324,7 +324,7 @@ class Sampler:
             return rows, None if pages is None else Held(groups, prefix, pages), spent
 
         programs.layout(policy)  # once, before streams ask for it side by side
-        parts = deal(len(prefixes), programs.streams(policy))
+        parts = deal(len(prefixes), programs.streams(policy, shape.rows))
         drawn, held, spent = zip(
             *run_side_by_side([partial(stream, p) for p in parts]), strict=True
         )

@@ -43,6 +43,11 @@ class LaneShape(NamedTuple):
     window: int
     prefix: int
 
+    @property
+    def own(self) -> tuple[int, int, int]:
+        """Sizes of what the lanes hold themselves."""
+        return self.groups, self.rows, self.window
+
 
 class Batch(NamedTuple):
     """Lanes of the next segment.
@@ -166,7 +171,7 @@ def next_batch(
         leave = lanes // 2
     else:
         leave = 0
-    if before is not None and before.live.shape == batch.live.shape and not batch.in_place:
+    if before is not None and before.shape.own == batch.shape.own and not batch.in_place:
         batch = _stay(batch, before)
     # At least a few rows must end before the lanes are chosen anew.
     return batch._replace(leave=max(min(leave, taken - -(-lanes // 16)), 0))
