@@ -145,7 +145,7 @@ class Numpy:
             own[0].keys[0, m, k, ..., : page[0].keys.shape[-1]] = page[0].keys[0, a, b]
         return own
 
-    def take(self, prefix, groups, window):
+    def take(self, prefix, groups, into, window):
         return (KV(prefix[0].keys[:, groups, ..., :window], None),)
 
     def _chosen(self, moved):
@@ -163,8 +163,9 @@ def test_every_row_is_found_on_its_page(data):
     prefixes = np.full(groups, 70)
     prefix = (KV(np.arange(groups).reshape(1, -1, 1, 1, 1) + np.zeros(70, int), None),)
     moves, lengths, batch = Numpy(), np.zeros((groups, rows), int), None
-    cache = LaneCache(moves, prefix, (groups, rows))
     shapes = lane_shapes(groups, rows, 70, size, slots=slots)
+    hold = data.draw(st.booleans())
+    cache = LaneCache(moves, prefix, (groups, rows), full=shapes[0][:2], hold=hold)
     most = np.full(groups, size)
     while batch := next_batch(
         lengths, lengths < wanted, most, prefixes, shapes, costs=CPU, before=batch
@@ -176,6 +177,9 @@ def test_every_row_is_found_on_its_page(data):
         for m, k in np.argwhere(batch.live):
             row = batch.groups[m], batch.rows[m, k]
             assert (shared[0].keys[0, m] == row[0]).all()
+            # What a row has drawn comes with it.
+            names = np.arange(lengths[row]) + 1000 * (row[0] * rows + row[1]) + 1
+            np.testing.assert_array_equal(own[0].keys[0, m, k, 0, 0, : lengths[row]], names)
             left.append(min(wanted[row], window) - lengths[row])
         steps = sorted(left)[-1 - batch.leave]
         for (m, k), can in zip(np.argwhere(batch.live), left, strict=True):
@@ -185,7 +189,10 @@ def test_every_row_is_found_on_its_page(data):
             names = np.arange(lengths[row], end) + 1000 * (row[0] * rows + row[1]) + 1
             own[0].keys[0, m, k, 0, 0, lengths[row] : end] = names
             lengths[row] = end
-        cache.leave(own)
+        cells = batch.groups[:, None], batch.rows
+        cache.leave(own, lengths[cells] >= wanted[cells])
+    if not hold:
+        return
     pages = cache.finish()
     for row in np.ndindex(groups, rows):
         page = pages.stores[pages.page[row]][0].keys
@@ -199,3 +206,11 @@ def test_every_row_is_found_on_its_page(data):
     if pages.stores[0][0].keys.shape[1:3] != (groups, rows):
         spare = sum(2 * page_rows(width) * width for width in widths)
         assert kept <= spare + 2 * np.maximum(wanted, 32).sum()
+
+
+def test_only_rounds_that_a_fork_goes_back_to_are_held(policy32, make_sampler):
+    sampler = make_sampler()
+    base = sampler.sample(policy32, random_prompts(5), rows=4, stream=Stream(0))
+    assert base.held
+    evaluated = Sampler(sampler.automaton, sampler.stop, shapes=sampler.shapes, forks=[])
+    assert not evaluated.sample(policy32, random_prompts(5), rows=4, stream=Stream(0)).held

@@ -26,11 +26,13 @@ from jax.sharding import Mesh
 from jaxreset.models.decoder import KV, Decoder, Place, Store
 from jaxreset.parallel import cache_sharding
 from jaxreset.sampling.rounds import StopReason
-from jaxreset.sampling.tokens import Draws, draw_token, row_keys
+from jaxreset.sampling.tokens import Draws, draw_token, row_keys, row_uniforms
 from jaxreset.steps import Progress, StepAutomaton, advance
 
 Array = jax.Array
 Leaf = Any  # of a pytree built on the host with numpy, and traced inside jit
+
+DRAWN_AHEAD = 16  # steps whose random numbers are computed at once: a loop costs as much for one
 
 
 class Limits(NamedTuple):
@@ -125,24 +127,22 @@ def fork(
         or garbage; attention masks them.
       size: slots of the new stores.
     """
-    slots = jnp.arange(size)[None]  # [1, P']
-    held = prefix_lengths[groups][:, None] - 1  # slots in the parent's prefix store
-    in_prefix = jnp.minimum(slots, prefix[0].keys.shape[-1] - 1)
-    in_suffix = jnp.clip(slots - held, 0, suffix[0].keys.shape[-1] - 1)
-    group, row = groups[:, None], tuple(cell[:, None] for cell in cells)
+    held = prefix_lengths[groups] - 1  # slots in the parent's prefix store
+
+    def join(prefix: Array, suffix: Array, axis: int) -> Array:
+        """Each group's prefix, and its row's slots written behind what the prefix holds."""
+        # Room for them all: where they don't fit, XLA would write them further ahead.
+        width, room = prefix.shape[axis], max(prefix.shape[axis] + suffix.shape[axis], size)
+        padding = [(0, 0)] * prefix.ndim
+        padding[axis] = 0, room - width
+        place = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=axis))
+        whole = place(jnp.pad(prefix[groups], padding), suffix[cells], held)
+        return jax.lax.slice_in_dim(whole, 0, size, axis=axis)
 
     def layer(prefix: KV, suffix: KV) -> KV:
-        keys = jnp.where(
-            (slots < held)[..., None, None],
-            prefix.keys[group, :, :, in_prefix],  # [N', P', G, D]
-            suffix.keys[*row, :, :, in_suffix],
+        return KV(
+            join(prefix.keys, suffix.keys, axis=-1), join(prefix.values, suffix.values, axis=-2)
         )
-        values = jnp.where(
-            (slots < held)[..., None, None],
-            prefix.values[group, :, in_prefix],
-            suffix.values[*row, :, in_suffix],
-        )
-        return KV(jnp.moveaxis(keys, 1, 3), jnp.moveaxis(values, 1, 2))
 
     # One layer at a time: to gather a whole cache at once would double its memory.
     stacks = zip(prefix, suffix, strict=True)
@@ -208,9 +208,12 @@ def widen(store: Store, *, size: int, mesh: Mesh | None = None) -> Store:
     return _constrain(tuple(pad(stack) for stack in store), mesh)
 
 
-@partial(jax.jit, static_argnames=("size", "mesh"))
-def take(prefix: Store, groups: Array, *, size: int, mesh: Mesh | None = None) -> Store:
-    """The first `size` slots of the prefixes of `groups` [M]."""
+# An argument of which only the memory is used: new memory costs more than what is written to it.
+@partial(jax.jit, static_argnames=("size", "mesh"), donate_argnames="into", keep_unused=True)
+def take(
+    prefix: Store, groups: Array, into: Store | None, *, size: int, mesh: Mesh | None = None
+) -> Store:
+    """The first `size` slots of the prefixes of `groups` [M], in place of `into` (donated)."""
     return _constrain(
         tuple(
             KV(stack.keys[:, groups, :, :, :size], stack.values[:, groups, :, :size])
@@ -298,18 +301,24 @@ def decode(
     def place(lengths: Array) -> Place:
         return model.place(lengths, lanes.prefix_lengths - 1, window)
 
-    def going_on(state: tuple[Drawn, Store, Place]) -> Array:
+    def numbers(drawn: Drawn) -> Array:
+        """Random numbers of the next tokens, `[DRAWN_AHEAD, M, K, 2]`; a lane that can go on goes on."""
+        positions = (used + drawn.lengths)[..., None] + jnp.arange(DRAWN_AHEAD)
+        return jnp.moveaxis(row_uniforms(keys, positions, zeros.dtype), 2, 0)
+
+    def going_on(state: tuple[Drawn, Store, Place, Array]) -> Array:
         return able(state[0]).sum() > leave
 
-    def step(state: tuple[Drawn, Store, Place]) -> tuple[Drawn, Store, Place]:
-        drawn, own, here = state
+    def step(state: tuple[Drawn, Store, Place, Array]) -> tuple[Drawn, Store, Place, Array]:
+        drawn, own, here, ahead = state
         live = able(drawn)
+        ahead = jax.lax.cond(drawn.steps % DRAWN_AHEAD == 0, numbers, lambda drawn: ahead, drawn)
         # A lane that can't go on writes the slot after its last token, which nothing needs.
         hidden, own = model.decode(
             drawn.last, drawn.lengths, shared, lanes.prefix_lengths - 1, own, here
         )
         logits = jnp.dot(hidden, head, preferred_element_type=jnp.promote_types(head, jnp.float32))
-        token, behavior, sampling = draw_token(logits, keys, used + drawn.lengths, draws)
+        token, behavior, sampling = draw_token(logits, ahead[drawn.steps % DRAWN_AHEAD], draws)
 
         progress, step_ended, stopped = advance(
             automaton, drawn.progress, token, max_step_tokens=limits.max_step_tokens
@@ -354,7 +363,7 @@ def decode(
             reasons=keep(reason, drawn.reasons),
             steps=drawn.steps + 1,
         )
-        return drawn, own, place(lengths)
+        return drawn, own, place(lengths), ahead
 
     zeros = jnp.zeros((*shape, window), jnp.promote_types(head.dtype, jnp.float32))
     start = Drawn(
@@ -367,7 +376,8 @@ def decode(
         reasons=jnp.where(lanes.live, StopReason.RUNNING, StopReason.LENGTH),
         steps=jnp.int32(0),
     )
-    drawn, own, _ = jax.lax.while_loop(going_on, step, (start, own, place(lanes.lengths)))
+    state = start, own, place(lanes.lengths), jnp.zeros((DRAWN_AHEAD, *shape, 2), zeros.dtype)
+    drawn, own, _, _ = jax.lax.while_loop(going_on, step, state)
     return drawn, _constrain(own, mesh)
 
 

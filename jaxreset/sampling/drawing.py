@@ -100,8 +100,8 @@ def draw_rows(
     ):
         shared, own = cache.enter(batch)
         drawn, own = decode(shared, own, _lanes(start, state, batch), batch.leave)
-        cache.leave(own)
         drawn = jax.device_get(drawn)
+        cache.leave(own, drawn.reasons != StopReason.RUNNING)
         _record(state, batch, drawn)
         steps = int(drawn.steps)
         lanes, prefixes = steps * batch.live.size, steps * batch.shape.groups

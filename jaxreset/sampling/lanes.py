@@ -2,8 +2,8 @@
 
 A lane keeps what its row has drawn from segment to segment. A row that gives up its lane is written
 to a page, whose rows are as wide as the lane's window, and read from it if it goes on later. So memory
-follows what has been drawn, not what might have been. While all rows stand in their own places the
-lanes themselves are the only page.
+follows what has been drawn, not what might have been. Lanes whose rows have all ended become a page as
+they are, and while all rows stand in their own places the lanes are the only page.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Moves(Protocol):
     def widen(self, store: Store, window: int) -> Store: ...
     def save(self, page: Store, own: Store, moved: Moved) -> Store: ...
     def load(self, page: Store, own: Store, moved: Moved) -> Store: ...
-    def take(self, prefix: Store, groups: np.ndarray, window: int) -> Store: ...
+    def take(self, prefix: Store, groups: np.ndarray, into: Store | None, window: int) -> Store: ...
 
 
 class LaneCache:
@@ -42,19 +42,36 @@ class LaneCache:
       moves: the programs.
       prefix: the groups' prefix store, only read.
       shape: (N, K).
+      full: (M, K') of a full batch, whose lanes may become a page.
       shards: of the group axis.
+      hold: whether rows that have ended are kept, for `finish`.
     """
 
-    def __init__(self, moves: Moves, prefix: Store, shape: tuple[int, int], *, shards: int = 1):
+    def __init__(
+        self,
+        moves: Moves,
+        prefix: Store,
+        shape: tuple[int, int],
+        *,
+        full: tuple[int, int],
+        shards: int = 1,
+        hold: bool = True,
+    ):
         self._moves = moves
         self._prefix = prefix
         self._shape = shape
+        self._full = full
         self._shards = shards
+        self._hold = hold
         self._pages = Pages([], np.full(shape, -1), np.zeros(shape, int))
         self._free: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # by window
         self._places: int | None = None  # the page of rows in their places
         self._batch: Batch | None = None
         self._own: Store | None = None  # of the batch
+        self._ended = np.zeros(0, bool)  # lanes of the batch
+        self._spare: dict[
+            tuple[int, int, int], Store
+        ] = {}  # lanes of other sizes, to be used again
         self._taken: tuple[Batch, Store] | None = None
 
     def enter(self, batch: Batch) -> tuple[Store, Store]:
@@ -74,9 +91,9 @@ class LaneCache:
         self._batch, self._own = batch, None
         return self._prefixes(batch), own
 
-    def leave(self, own: Store) -> None:
-        """What decoding made of the lanes' stores."""
-        self._own = own
+    def leave(self, own: Store, ended: np.ndarray) -> None:
+        """What decoding made of the lanes' stores, and [M, K'] whether a lane's row has ended."""
+        self._own, self._ended = own, ended
 
     def finish(self) -> Pages | None:
         """All rows, on pages; None: nothing was drawn."""
@@ -84,7 +101,7 @@ class LaneCache:
             if self._batch.in_place and not self._pages.stores:
                 self._keep_in_place(self._own)
             else:
-                self._write(self._own, self._batch, self._batch.live)
+                self._put_away(self._own, self._batch)
         return self._pages if self._pages.stores else None
 
     def _exchange(self, batch: Batch) -> Store:
@@ -98,12 +115,13 @@ class LaneCache:
             elif before.shape.own == shape.own:
                 stays = batch.live & before.live & (before.rows == batch.rows)
                 stays &= (before.groups == batch.groups)[:, None]
+            if own is not None and stays.any():
                 self._write(own, before, before.live & ~stays)
-            else:
-                self._write(own, before, before.live)
+            elif own is not None and (own := self._put_away(own, before)) is not None:
+                self._spare[before.shape.own] = own
                 own = None
         if own is None:
-            own = self._moves.empty(*shape.own)
+            own = self._spare.pop(shape.own, None) or self._moves.empty(*shape.own)
         return self._read(own, batch, batch.live & ~stays)
 
     def _keep_in_place(self, own: Store) -> None:
@@ -112,8 +130,23 @@ class LaneCache:
         self._pages.page[:] = 0
         self._pages.cell[:] = np.arange(self._pages.cell.size).reshape(self._shape)
 
+    def _put_away(self, own: Store, batch: Batch) -> Store | None:
+        """All lanes -> pages; the lanes' stores, where they have not become a page themselves."""
+        stores, page, cell = self._pages
+        live, ended = batch.live, self._ended
+        whole = batch.shape[:2] == self._full and 2 * live.sum() >= live.size
+        if not (whole and self._hold and ended[live].all()):
+            self._write(own, batch, live)
+            return own
+        rows = np.broadcast_to(batch.groups[:, None], live.shape)[live], batch.rows[live]
+        page[rows], cell[rows] = len(stores), np.flatnonzero(live)
+        stores.append(own)
+        return None
+
     def _write(self, own: Store, batch: Batch, leaving: np.ndarray) -> None:
-        """Lanes -> pages of their width."""
+        """Lanes -> pages of their width; but for what nobody needs any more."""
+        if not self._hold:
+            leaving = leaving & ~self._ended
         stores, page, cell = self._pages
         window, lanes = batch.shape.window, np.argwhere(leaving)
         free = self._free[window]
@@ -146,23 +179,25 @@ class LaneCache:
         rows = batch.groups[:, None], batch.rows
         page, cell = self._pages.page[rows], self._pages.cell[rows]
         for number in np.unique(page[chosen]).tolist():
-            lanes = np.argwhere(chosen & (page == number))
+            m, k = np.nonzero(chosen & (page == number))
             across = self._pages.stores[number][0].keys.shape[2]
-            for first in range(0, len(lanes), MOVED_ROWS):
-                few = tuple(lanes[first : first + MOVED_ROWS].T)
-                yield number, moved_rows(few, np.divmod(cell[few], across))
+            for moved in moves_of((m, k), np.divmod(cell[m, k], across)):
+                yield number, moved
 
     def _prefixes(self, batch: Batch) -> Store:
         width = batch.shape.prefix
         if batch.in_place and width == self._prefix[0].keys.shape[-1]:
             return self._prefix
-        if (
-            self._taken is None
-            or self._taken[0].shape.prefix != width
-            or self._taken[0].groups.tolist() != batch.groups.tolist()
-        ):
-            self._taken = batch, self._moves.take(self._prefix, batch.groups, width)
-        return self._taken[1]
+        into = None
+        if self._taken is not None:
+            before, store = self._taken
+            if (before.shape.groups, before.shape.prefix) == (batch.shape.groups, width):
+                if before.groups.tolist() == batch.groups.tolist():
+                    return store
+                into = store
+        store = self._moves.take(self._prefix, batch.groups, into, width)
+        self._taken = batch, store
+        return store
 
 
 def page_rows(window: int, shards: int = 1) -> int:
@@ -170,8 +205,10 @@ def page_rows(window: int, shards: int = 1) -> int:
     return -(-max(PAGE_SLOTS // window, MOVED_ROWS) // shards) * shards
 
 
-def moved_rows(lanes: Pair, cells: Pair) -> Moved:
-    """At most `MOVED_ROWS` rows, padded to so many."""
-    count, padded = len(lanes[0]), np.zeros((4, MOVED_ROWS), np.int32)
-    padded[:, :count] = *lanes, *cells
-    return Moved(tuple(padded[:2]), tuple(padded[2:]), np.arange(MOVED_ROWS) < count)
+def moves_of(lanes: Pair, cells: Pair) -> Iterator[Moved]:
+    """Rows, a few at a time; where there are none, one move of none."""
+    every = np.stack([*lanes, *cells]).astype(np.int32)
+    for first in range(0, max(every.shape[1], 1), MOVED_ROWS):
+        few = every[:, first : first + MOVED_ROWS]
+        padded = np.pad(few, ((0, 0), (0, MOVED_ROWS - few.shape[1])))
+        yield Moved(tuple(padded[:2]), tuple(padded[2:]), np.arange(MOVED_ROWS) < few.shape[1])

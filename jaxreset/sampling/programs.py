@@ -27,7 +27,7 @@ from jaxreset.sampling.drawing import (
     draw_rows,
     idle_lanes,
 )
-from jaxreset.sampling.lanes import LaneCache, Moves, moved_rows, page_rows
+from jaxreset.sampling.lanes import LaneCache, Moves, moves_of, page_rows
 from jaxreset.sampling.rounds import Held, Pages, Shape, Snapshot
 from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes
 from jaxreset.sampling.streams import LARGE_WEIGHTS, cores
@@ -101,44 +101,78 @@ class Programs:
 
     def fork(self, held: Sequence[Held], shape: Shape, snapshots: Sequence[Snapshot]) -> Store:
         """The prefix store of snapshots of one round, from its caches."""
-        found: defaultdict[tuple[int, int], dict[int, Snapshot]] = defaultdict(dict)
+        found: defaultdict[int, dict[int, Snapshot]] = defaultdict(dict)
         for n, s in enumerate(snapshots):
-            part = next(i for i, part in enumerate(held) if s.group in part.groups)
-            page = held[part].pages.page[s.group - held[part].groups.start, s.row]
-            found[part, max(int(page), 0)][n] = s  # no page: nothing was drawn, any will do
-        # All at once from the page that most are on, the others a few at a time.
-        (part, page), *others = sorted(found, key=lambda place: -len(found[place]))
-        store = self._fork_page(held[part], page, shape, found[part, page])
+            found[next(i for i, part in enumerate(held) if s.group in part.groups)][n] = s
+        # All at once from the part that most are of, the others a few at a time.
+        first, *others = sorted(found, key=lambda part: -len(found[part]))
+        store = self._fork_part(held[first], shape, found[first])
         some = self._few(shape)
-        for part, page in others:
-            members = list(found[part, page].items())
-            for first in range(0, len(members), some.groups):
-                places, chosen = zip(*members[first : first + some.groups], strict=True)
-                forked = self._fork_page(held[part], page, some, dict(enumerate(chosen)))
+        for part in others:
+            members = list(found[part].items())
+            for start in range(0, len(members), some.groups):
+                places, chosen = zip(*members[start : start + some.groups], strict=True)
+                forked = self._fork_part(held[part], some, dict(enumerate(chosen)))
                 store = self._overwrite(store, forked, places)
         return store
 
-    def compile_fork(self, held: Held, shape: Shape) -> Store:
-        """Compiles all that `fork` may need of a part with a page of every kind."""
-        for page in range(len(held.pages.stores)):
-            store = self._fork_page(held, page, shape, {})
-            store = self._overwrite(store, self._fork_page(held, page, self._few(shape), {}), ())
-        return store
+    def compile_fork(self, held: Held, parent: Shape, shape: Shape) -> Store:
+        """Compiles all that `fork` may need of a part, of a round of shape `parent`, with every page."""
+        nowhere = np.zeros(0, np.int32)
+        for some in (shape, self._few(shape)):
+            gathered = self._gathered(held, parent, some)
+            for page in held.pages.stores:
+                if self._in_place(held, page):
+                    forked = self._fork_from(held, page, some, {}, {})
+                for moved in moves_of((nowhere, nowhere), (nowhere, nowhere)):
+                    gathered = self._moves(held.prefix).load(page, gathered, moved)
+            forked = self._fork_from(held, gathered, some, {}, {})
+        store = self._fork_from(held, self._gathered(held, parent, shape), shape, {}, {})
+        return self._overwrite(store, forked, ())
 
-    def _fork_page(
-        self, held: Held, page: int, shape: Shape, snapshots: Mapping[int, Snapshot]
+    def _fork_part(self, held: Held, shape: Shape, snapshots: Mapping[int, Snapshot]) -> Store:
+        """With the snapshots, all of rows of one part, as the groups of those numbers."""
+        stores, page, cell = held.pages
+        rows = {n: (s.group - held.groups.start, s.row) for n, s in snapshots.items()}
+        pages = {int(page[row]) for row in rows.values()} - {-1}  # on no page: nothing was drawn
+        if len(pages) == 1 and self._in_place(held, only := stores[min(pages)]):
+            cells = {n: int(cell[row]) for n, row in rows.items()}
+            return self._fork_from(held, only, shape, snapshots, cells)
+        parent = next(iter(snapshots.values())).round.shape
+        gathered = self._gathered(held, parent, shape)
+        for number in sorted(pages):
+            here = np.array([n for n, row in rows.items() if page[row] == number])
+            across = stores[number][0].keys.shape[2]
+            places = np.divmod(np.array([cell[rows[n]] for n in here]), across)
+            for moved in moves_of((here, np.zeros_like(here)), places):
+                gathered = self._moves(held.prefix).load(stores[number], gathered, moved)
+        return self._fork_from(held, gathered, shape, snapshots, {n: n for n in rows})
+
+    def _gathered(self, held: Held, parent: Shape, shape: Shape) -> Store:
+        """A page for the rows of as many groups as `shape` has, whatever pages they are on."""
+        return self._moves(held.prefix).empty(shape.groups, 1, parent.suffix)
+
+    def _in_place(self, held: Held, page: Store) -> bool:
+        return page[0].keys.shape[1:3] == held.pages.page.shape
+
+    def _fork_from(
+        self,
+        held: Held,
+        page: Store,
+        shape: Shape,
+        snapshots: Mapping[int, Snapshot],
+        row_cells: Mapping[int, int],
     ) -> Store:
-        """With the snapshots, whose rows are on one page, as the groups of those numbers."""
-        suffix = held.pages.stores[page]
+        """With the snapshots, whose rows are in those cells of the page."""
         groups, cells = np.zeros((2, shape.groups), np.int32)
         lengths = np.ones(held.prefix[0].keys.shape[1], np.int32)
         for n, s in snapshots.items():
             groups[n] = s.group - held.groups.start
-            cells[n] = held.pages.cell[groups[n], s.row]
+            cells[n] = row_cells[n]
             lengths[groups[n]] = len(s.round.prefixes[s.group])
-        places = lengths, groups, np.divmod(cells, np.int32(suffix[0].keys.shape[2]))
+        places = lengths, groups, np.divmod(cells, np.int32(page[0].keys.shape[2]))
         places = jax.device_put(places, self._rows)
-        return decoding.fork(held.prefix, suffix, *places, size=shape.prefix, mesh=self._mesh)
+        return decoding.fork(held.prefix, page, *places, size=shape.prefix, mesh=self._mesh)
 
     def _overwrite(self, store: Store, forked: Store, places: Sequence[int]) -> Store:
         size = forked[0].keys.shape[1]
@@ -179,12 +213,20 @@ class Programs:
         hold: bool,
     ) -> tuple[Rows, Pages | None, Spent]:
         """All rows of a part, its keys and values if `hold`, and what was spent."""
-        cache = LaneCache(self._moves(prefix), prefix, part[:2], shards=self._shards)
+        shapes = self._lane_shapes(policy, part)
+        cache = LaneCache(
+            self._moves(prefix),
+            prefix,
+            part[:2],
+            full=shapes[0][:2],
+            shards=self._shards,
+            hold=hold,
+        )
         rows, spent = draw_rows(
             self._decode(policy, draws._replace(max_new=np.int32(min(draws.max_new, part.suffix)))),
             start,
             cache,
-            self._lane_shapes(policy, part),
+            shapes,
             rows=part.rows,
             size=part.suffix,
             costs=self._costs(policy.config),
@@ -201,15 +243,18 @@ class Programs:
         shapes = self._lane_shapes(policy, part)
         kept = self.empty_part(policy, part, prefix)
         pages, none = kept.pages.stores, np.zeros(0, np.int32)
-        nothing = moved_rows((none, none), (none, none))
+        (nothing,) = moves_of((none, none), (none, none))
         for lanes in shapes:
-            shared = moves.take(prefix, np.zeros(lanes.groups, np.int32), lanes.prefix)
+            groups = np.zeros(lanes.groups, np.int32)
+            shared = moves.take(prefix, groups, None, lanes.prefix)
+            shared = moves.take(prefix, groups, shared, lanes.prefix)
             own = moves.empty(lanes.groups, lanes.rows, lanes.window)
             for n, page in enumerate(pages):
-                rows, width = page[0].keys.shape[1], page[0].keys.shape[-1]
-                if width <= lanes.window:
+                *cells, width = *page[0].keys.shape[1:3], page[0].keys.shape[-1]
+                written = tuple(cells) == (page_rows(width, self._shards), 1)
+                if width <= lanes.window and (written or tuple(cells) == part[:2]):
                     own = moves.load(page, own, nothing)
-                if width == lanes.window and rows == page_rows(width, self._shards):
+                if width == lanes.window and written:
                     pages[n] = moves.save(page, own, nothing)
             _, own = decode(shared, own, idle_lanes(lanes), 0)
             if (lanes.groups, lanes.rows) == part[:2]:
@@ -220,12 +265,11 @@ class Programs:
     def empty_part(self, policy: Policy, part: Shape, prefix: Store) -> Held:
         """A part of a round on which nothing is drawn, with a page of every kind."""
         moves, shapes = self._moves(prefix), self._lane_shapes(policy, part)
-        in_place = {s.window for s in shapes if (s.groups, s.rows) == part[:2]}
-        paged = {s.window for s in shapes} if len({s[:2] for s in shapes} | {part[:2]}) > 1 else ()
-        stores = [moves.empty(*part[:2], window) for window in sorted(in_place)]
-        stores += [
-            moves.empty(page_rows(window, self._shards), 1, window) for window in sorted(paged)
-        ]
+        # Lanes that became pages, in their places or not, and pages that rows were written to.
+        kinds = {s.own for s in shapes if s[:2] in (part[:2], shapes[0][:2])}
+        if len({s[:2] for s in shapes} | {part[:2]}) > 1:
+            kinds |= {(page_rows(s.window, self._shards), 1, s.window) for s in shapes}
+        stores = [moves.empty(*kind) for kind in sorted(kinds)]
         nothing = np.zeros(part[:2], int)
         return Held(range(part.groups), prefix, Pages(stores, nothing, nothing))
 
@@ -303,10 +347,10 @@ class _Moves(NamedTuple):
     def load(self, page: Store, own: Store, moved: Moved) -> Store:
         return decoding.load(page, own, moved, mesh=self.mesh)
 
-    def take(self, prefix: Store, groups: np.ndarray, window: int) -> Store:
+    def take(self, prefix: Store, groups: np.ndarray, into: Store | None, window: int) -> Store:
         if self.sharding is not None:
             groups = jax.device_put(groups, self.sharding)
-        return decoding.take(prefix, groups, size=window, mesh=self.mesh)
+        return decoding.take(prefix, groups, into, size=window, mesh=self.mesh)
 
 
 def cache_bytes(model: DecoderConfig, shape: Shape) -> int:

@@ -75,8 +75,8 @@ class Sampler:
         weights are large, and one elsewhere.
       question_tokens: most tokens that `resume` may put behind a snapshot; 0: it gets no questions.
       hold_cache: whether a round keeps its keys and values, so that `resume` gathers its prefixes.
-        "never": it prefills them, once per group. "auto": rounds are held that take at most a third of
-        the device's memory.
+        "never": it prefills them, once per group. "auto": rounds are held that one of `forks` goes back
+        to and that take at most a third of the device's memory.
       mesh: groups are split over it, and the weights along its axis `tensor`; None: one device.
     """
 
@@ -291,7 +291,7 @@ class Sampler:
                     above = programs.part(policy, parent)
                     prefix = programs.prefill(policy, above, [])
                     held[parent] = programs.empty_part(policy, above, prefix)
-                prefix = programs.compile_fork(held[parent], part)
+                prefix = programs.compile_fork(held[parent], parent, part)
                 if self.question_tokens:
                     prefix = programs.extend(policy, prefix, [], [], self.question_tokens)
             else:
@@ -349,6 +349,8 @@ class Sampler:
         """Whether rounds of a shape keep their caches for `resume`."""
         if self.hold_cache != "auto":
             return self.hold_cache == "always"
+        if self.shapes is not None and shape not in {parent for parent, _ in self.forks}:
+            return False
         device = next(iter(jax.tree.leaves(policy.params)[0].devices()))
         return cache_bytes(policy.config, shape) <= HELD_SHARE * self._shards * device_bytes(device)
 

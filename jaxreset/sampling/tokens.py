@@ -38,14 +38,21 @@ def row_keys(draws: Draws, ids: Array, numbers: Array) -> Array:
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(phases, numbers)
 
 
-def draw_token(
-    logits: Array, keys: Array, position: Array, draws: Draws
-) -> tuple[Array, Array, Array]:
+def row_uniforms(keys: Array, positions: Array, dtype: jnp.dtype) -> Array:
+    """`keys` [N, K], `positions` [N, K, B] in the response -> `[N, K, B, 2]` numbers in [0, 1)."""
+
+    def draw(key: Array, position: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, position), (2,), dtype)
+
+    return jax.vmap(jax.vmap(jax.vmap(draw, (None, 0))))(keys, positions)
+
+
+def draw_token(logits: Array, uniforms: Array, draws: Draws) -> tuple[Array, Array, Array]:
     """Draws one token a row.
 
     Args:
       logits: `[N, K, V]` float32.
-      keys: `[N, K]` row keys.  position: `[N, K]` index in the response, folded into the key.
+      uniforms: `[N, K, 2]` the rows' random numbers, in [0, 1).
 
     Returns:
       `[N, K]` int32 tokens, their log-softmax(logits / T), and the same after top-k and top-p. For a
@@ -57,13 +64,11 @@ def draw_token(
     truncates = (draws.top_k > 0) | (draws.top_p < 1)
     kept = jax.lax.cond(truncates, truncate, lambda x, _: x, logps, draws)
 
-    def uniforms(key: Array, position: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(key, position), (2,), logits.dtype)
-
-    def random() -> Array:
-        return invert_cdf(jnp.exp(kept), jax.vmap(jax.vmap(uniforms))(keys, position))
-
-    token = jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1), random).astype(jnp.int32)
+    token = jax.lax.cond(
+        greedy,
+        lambda: jnp.argmax(logits, axis=-1),
+        lambda: invert_cdf(jnp.exp(kept), uniforms),
+    ).astype(jnp.int32)
 
     def at_token(values: Array) -> Array:
         return jnp.take_along_axis(values, token[..., None], axis=-1)[..., 0]
