@@ -186,7 +186,9 @@ class Train(Section):
     steps: NonNegativeInt = 30
     prompts_per_step: PositiveInt = 32
     minibatch_prompts: PositiveInt | None = Field(None, description="null: one minibatch a step")
-    microbatch_groups: PositiveInt = Field(16, description="groups in one forward pass")
+    microbatch_tokens: PositiveInt = Field(
+        8192, description="token slots in one forward pass; one group always fits"
+    )
     min_signal_groups: NonNegativeInt | None = Field(
         None, description="groups with a gradient before the optimizer steps; 0: always step"
     )

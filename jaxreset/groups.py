@@ -1,22 +1,14 @@
-"""The one batch type: K suffixes of one shared prefix, with their rewards and advantages.
-
-`Group` is one group on the host, of ragged lengths. `pack` lays groups into `GroupBatch` microbatches
-of a few fixed shapes, which is what a jitted update takes.
-"""
+"""The group: K suffixes of one shared prefix, with their rewards and advantages, of ragged lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxreset.losses import Scale, group_advantages
-
-Leaf = Any  # of a pytree built on the host with numpy, and traced inside jit
 
 
 @dataclass
@@ -55,37 +47,6 @@ class Group:
         return sum(map(len, self.suffixes))
 
 
-class GroupBatch(NamedTuple):
-    """A microbatch of N groups of K rows, for `Decoder.suffix_hidden`; right-padded.
-
-    Attributes:
-      prefix: [N, P] int32, prefix tokens but for the last.
-      prefix_lengths: [N] int32, how many of them exist.
-      rows: [N, K, S] int32 row inputs: the last prefix token, then the suffix but for its last token.
-      targets: [N, K, S] int32, the suffix.
-      lengths: [N, K] int32 suffix lengths; 0 for padding rows.
-      advantages: [N, K] float32.
-      behavior_logps: [N, K, S] float32.
-    """
-
-    prefix: Leaf
-    prefix_lengths: Leaf
-    rows: Leaf
-    targets: Leaf
-    lengths: Leaf
-    advantages: Leaf
-    behavior_logps: Leaf
-
-
-class PackShape(NamedTuple):
-    """Sizes of a microbatch: groups N, rows K, prefix tokens P (the last one counted), suffix tokens S."""
-
-    groups: int
-    rows: int
-    prefix: int
-    suffix: int
-
-
 _advantages = jax.jit(group_advantages, static_argnames="scale")
 
 
@@ -97,13 +58,13 @@ def set_advantages(groups: Sequence[Group], *, scale: Scale, size: tuple[int, in
       scale: see `losses.group_advantages`.
       size: (most sets normalised apart, most rollouts in one), fixed so that it compiles once.
 
+    A reward that isn't finite makes the advantages of its set NaN, which an update then skips.
+
     Raises:
-      ValueError: a reward that isn't finite, or more sets or rollouts than `size`.
+      ValueError: more sets or rollouts than `size`.
     """
     members: dict[tuple[int, int], list[Group]] = {}
     for group in groups:
-        if not np.all(np.isfinite(group.rewards)):
-            raise ValueError(f"rewards of prompt {group.prompt} aren't finite: {group.rewards}")
         members.setdefault((group.prompt, group.normalized_with), []).append(group)
     rewards, where = np.zeros(size, np.float32), np.zeros(size, bool)
     widest = max((sum(len(g.rewards) for g in m) for m in members.values()), default=0)
@@ -117,65 +78,3 @@ def set_advantages(groups: Sequence[Group], *, scale: Scale, size: tuple[int, in
         ends = np.cumsum([len(g.rewards) for g in together])
         for group, end in zip(together, ends, strict=True):
             group.advantages = advantages[row, end - len(group.rewards) : end]
-
-
-def pack(groups: Sequence[Group], shapes: Sequence[PackShape]) -> list[GroupBatch]:
-    """Lays groups into microbatches: each into the smallest of `shapes` that holds it, in order.
-
-    Args:
-      groups: of at most K suffixes each.
-      shapes: sizes to choose from, smallest first.
-
-    Returns:
-      Microbatches in the order of `shapes`; the last one of a shape is padded with empty groups.
-
-    Raises:
-      ValueError: a group that no shape holds, with its sizes.
-    """
-    chosen: dict[PackShape, list[Group]] = {shape: [] for shape in shapes}
-    for group in groups:
-        longest = max(map(len, group.suffixes))
-        need = len(group.suffixes), len(group.prefix), longest
-        for shape in shapes:
-            if all(n <= s for n, s in zip(need, shape[1:], strict=True)):
-                chosen[shape].append(group)
-                break
-        else:
-            raise ValueError(f"a group of (rows, prefix, suffix) {need} fits none of {shapes}")
-    return [
-        _lay(members[first : first + shape.groups], shape)
-        for shape, members in chosen.items()
-        for first in range(0, len(members), shape.groups)
-    ]
-
-
-def empty_batch(shape: PackShape) -> GroupBatch:
-    """A microbatch of padding."""
-    return _lay([], shape)
-
-
-def _lay(groups: Sequence[Group], shape: PackShape) -> GroupBatch:
-    n, k, p, s = shape
-    ints = partial(np.zeros, dtype=np.int32)
-    batch = GroupBatch(
-        prefix=ints((n, p)),
-        prefix_lengths=ints(n),
-        rows=ints((n, k, s)),
-        targets=ints((n, k, s)),
-        lengths=ints((n, k)),
-        advantages=np.zeros((n, k), np.float32),
-        behavior_logps=np.zeros((n, k, s), np.float32),
-    )
-    for i, group in enumerate(groups):
-        held = len(group.prefix) - 1
-        batch.prefix[i, :held] = group.prefix[:-1]
-        batch.prefix_lengths[i] = held
-        for j, (suffix, logps) in enumerate(zip(group.suffixes, group.behavior_logps, strict=True)):
-            length = len(suffix)
-            batch.rows[i, j, 0] = group.prefix[-1]
-            batch.rows[i, j, 1:length] = suffix[:-1]
-            batch.targets[i, j, :length] = suffix
-            batch.behavior_logps[i, j, :length] = logps
-            batch.lengths[i, j] = length
-            batch.advantages[i, j] = group.advantages[j]
-    return batch

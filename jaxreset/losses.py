@@ -24,6 +24,8 @@ Scale = Literal["std", "sample_std", "none"]
 Aggregation = Literal["sequence", "token", "constant"]
 Clip = float | tuple[float, float]
 
+MOST_LOGITS = 2**25  # that `token_logps` computes at once
+
 
 def group_advantages(rewards: Array, *, where: Array | None = None, scale: Scale = "std") -> Array:
     """Normalises rewards inside each group (the last axis).
@@ -67,7 +69,8 @@ def token_logps(
     tokens: Array,
     *,
     temperature: Array | float = 1.0,
-    chunk: int = 1024,
+    chunk: int | None = None,
+    vocab_chunk: int | None = None,
 ) -> Array:
     """Log-probabilities of `tokens`, without ever holding `[..., vocabulary]` logits for all of them.
 
@@ -78,31 +81,81 @@ def token_logps(
       head: `[E, V]` output projection.
       tokens: `[...]` int, the tokens to score.
       temperature: logits are divided by it; scalar, may be traced.
-      chunk: tokens whose logits exist at one time.
+      chunk: tokens whose logits exist at one time; None: as many as make 2 ** 25 logits, at most 1024.
+      vocab_chunk: columns of `head` whose logits exist at one time; None: all. Leave it at that where
+        they are spread over devices.
 
     Returns:
       `[...]` float32 (float64 for float64 inputs) log-probabilities, log-softmax(logits / T).
     """
+    return _score_tokens(hidden, head, tokens, temperature, chunk, vocab_chunk, entropy=False)[0]
+
+
+def token_logps_and_entropy(
+    hidden: Array,
+    head: Array,
+    tokens: Array,
+    *,
+    temperature: Array | float = 1.0,
+    chunk: int | None = None,
+    vocab_chunk: int | None = None,
+) -> tuple[Array, Array]:
+    """`token_logps`, and the entropy of the distribution behind each token, in nats: `[...]`."""
+    logps, entropy = _score_tokens(
+        hidden, head, tokens, temperature, chunk, vocab_chunk, entropy=True
+    )
+    return logps, entropy
+
+
+def _score_tokens(
+    hidden: Array,
+    head: Array,
+    tokens: Array,
+    temperature: Array | float,
+    chunk: int | None,
+    vocab_chunk: int | None,
+    *,
+    entropy: bool,
+) -> tuple[Array, ...]:
+    """Log-probabilities, and entropies if asked for."""
     shape, width = tokens.shape, hidden.shape[-1]
-    count = tokens.size
-    chunk = min(chunk, max(count, 1))
+    count, vocab = tokens.size, head.shape[-1]
+    chunk = min(chunk or max(min(MOST_LOGITS // vocab, 1024), 1), max(count, 1))
+    blocks = range(0, vocab, vocab_chunk or vocab)
     padding = -count % chunk
     flat_hidden = jnp.pad(hidden.reshape(count, width), ((0, padding), (0, 0)))
     flat_tokens = jnp.pad(tokens.reshape(count), (0, padding))
     accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
 
     @jax.checkpoint
-    def score(hidden_chunk: Array, token_chunk: Array) -> Array:
-        logits = jnp.dot(hidden_chunk, head, preferred_element_type=accumulate) / temperature
-        chosen = jnp.take_along_axis(logits, token_chunk[:, None], axis=-1)[:, 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+    def score_block(hidden: Array, head: Array, tokens: Array) -> tuple[Array, ...]:
+        """Of some columns: the token's logit (0: it is another's), log-sum-exp, and mean logit if asked."""
+        logits = jnp.dot(hidden, head, preferred_element_type=accumulate) / temperature
+        inside = (tokens >= 0) & (tokens < head.shape[-1])
+        column = jnp.where(inside, tokens, 0)
+        chosen = jnp.take_along_axis(logits, column[:, None], axis=-1)[:, 0]
+        total = jax.nn.logsumexp(logits, axis=-1)
+        scores = jnp.where(inside, chosen, 0), total
+        if not entropy:
+            return scores
+        return *scores, (jnp.exp(logits - total[:, None]) * logits).sum(axis=-1)
+
+    def score(hidden: Array, tokens: Array) -> tuple[Array, ...]:
+        parts = [
+            score_block(hidden, head[:, first : first + blocks.step], tokens - first)
+            for first in blocks
+        ]
+        chosen, totals, *means = (jnp.stack(part) for part in zip(*parts, strict=True))
+        total = jax.nn.logsumexp(totals, axis=0)
+        logps = chosen.sum(axis=0) - total
+        return logps, *(total - (jnp.exp(totals - total) * mean).sum(axis=0) for mean in means)
 
     if flat_tokens.size == chunk:
-        logps = score(flat_hidden, flat_tokens)
+        scored = score(flat_hidden, flat_tokens)
     else:
         chunks = flat_hidden.reshape(-1, chunk, width), flat_tokens.reshape(-1, chunk)
-        logps = jax.lax.map(lambda c: score(*c), chunks).reshape(-1)
-    return logps[:count].reshape(shape)
+        scored = jax.lax.map(lambda c: score(*c), chunks)
+    return tuple(x.reshape(-1)[:count].reshape(shape) for x in scored)
 
 
 def policy_loss(

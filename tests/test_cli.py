@@ -27,7 +27,7 @@ TINY = """
     reset.localizer.max_tokens=5 reset.localizer.max_question_tokens=112
     sampling.max_prompt_tokens=18 sampling.max_response_tokens=24
     sampling.max_step_tokens=8 warm_start.steps=0
-    train.steps=3 train.prompts_per_step=2 train.microbatch_groups=2 train.min_signal_groups=0
+    train.steps=3 train.prompts_per_step=2 train.microbatch_tokens=500 train.min_signal_groups=0
     data.eval_size=4 eval.batch=4 eval.every_steps=null checkpoint.every_steps=1
 """
 
@@ -109,8 +109,8 @@ def test_a_dry_run_prints_shapes_and_memory_and_does_nothing(jaxreset, model, tm
         "resume 2 4 42 24 138.0 KiB",
         "localize 2 1 112 5 117.0 KiB",
         "evaluate 4 1 18 24 84.0 KiB",
-        "update 2 4 18 24 228 tokens",
-        "update 2 4 42 24 276 tokens",
+        "update bins lanes 3 4 41 24 411 tokens",
+        "update bins lanes 1 4 41 24 137 tokens",
     ):
         assert re.search(r"\W+".join(row.split()), shown), row
     assert re.search(r"parameters +\d+\.\d KiB", shown)

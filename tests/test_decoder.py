@@ -15,6 +15,7 @@ from model_helpers import random_params
 
 from jaxreset.models.attention import causal_attention, shared_prefix_attention
 from jaxreset.models.decoder import KV, DecoderConfig, RopeScaling
+from jaxreset.models.packing import one_group_each
 from jaxreset.models.unstacked import unstack, unstacked_graph
 
 WIDE = DecoderConfig(
@@ -38,7 +39,8 @@ quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level":
 
 
 def shared_hidden(graph, params, prefix, lengths, rows):
-    return nnx.merge(graph, params).suffix_hidden(prefix, lengths, rows)
+    packing = one_group_each(lengths, prefix, rows)
+    return nnx.merge(graph, params).suffix_hidden(prefix, rows, packing)
 
 
 def plain_hidden(graph, params, sequences, lengths, rows):
@@ -131,8 +133,8 @@ def test_gradient_through_a_shared_prefix_equals_the_unshared_one(shape, remats)
             return jnp.where(valid[..., None], weights * (hidden @ decoder.head), 0).sum()
 
         def shared(params, remat):
-            decoder = nnx.merge(graph, params)
-            return loss(decoder.suffix_hidden(prefix, lengths, rows, remat=remat), decoder)
+            decoder, packing = nnx.merge(graph, params), one_group_each(lengths, prefix, rows)
+            return loss(decoder.suffix_hidden(prefix, rows, packing, remat=remat), decoder)
 
         def unshared(params):
             decoder = nnx.merge(graph, params)

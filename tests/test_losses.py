@@ -114,8 +114,9 @@ def test_group_of_equal_rewards_has_no_advantage():
     assert not np.any(losses.group_advantages(jnp.ones((2, 4)), where=jnp.zeros((2, 4), bool)))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 12, 1000])
-def test_chunked_logps_equal_log_softmax(chunk):
+@pytest.mark.parametrize("vocab_chunk", [None, 4, 11])
+@pytest.mark.parametrize("chunk", [1, 7, 12, None])
+def test_chunked_logps_and_entropies_equal_those_of_log_softmax(chunk, vocab_chunk):
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         hidden, head = (
@@ -124,19 +125,31 @@ def test_chunked_logps_equal_log_softmax(chunk):
         )
         tokens = jnp.asarray(rng.integers(0, 11, (3, 4)))
 
-        def plain(hidden, head):
-            logps = jax.nn.log_softmax(hidden @ head / 0.7)
-            return jnp.take_along_axis(logps, tokens[..., None], -1)[..., 0]
+        def plain(hidden, head, temperature):
+            logps = jax.nn.log_softmax(hidden @ head / temperature)
+            entropy = -(jnp.exp(logps) * logps).sum(-1)
+            return jnp.take_along_axis(logps, tokens[..., None], -1)[..., 0], entropy
 
-        def chunked(hidden, head):
-            return losses.token_logps(hidden, head, tokens, temperature=0.7, chunk=chunk)
+        chunks = {"chunk": chunk, "vocab_chunk": vocab_chunk}
+
+        def both(hidden, head, temperature):
+            return losses.token_logps_and_entropy(
+                hidden, head, tokens, temperature=temperature, **chunks
+            )
 
         def weigh(f):
-            return jax.grad(lambda *a: (f(*a) ** 2).sum(), argnums=(0, 1))(hidden, head)
+            def weighed(*args):
+                logps, entropy = f(*args)
+                return (logps**2 + 3 * entropy**2).sum()
 
-        np.testing.assert_allclose(chunked(hidden, head), plain(hidden, head), atol=1e-12)
-        for ours, theirs in zip(weigh(chunked), weigh(plain), strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-10)
+            return jax.grad(weighed, argnums=(0, 1, 2))(hidden, head, 0.7)
+
+        ours, theirs = both(hidden, head, 0.7), plain(hidden, head, 0.7)
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+        for one, other in zip(weigh(both), weigh(plain), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-10)
+        alone = losses.token_logps(hidden, head, tokens, temperature=0.7, **chunks)
+        np.testing.assert_allclose(alone, theirs[0], atol=1e-12)
 
 
 @pytest.mark.parametrize(

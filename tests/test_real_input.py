@@ -32,7 +32,7 @@ TINY = """
     sampling.max_prompt_tokens=800 sampling.max_response_tokens=64
     sampling.max_step_tokens=16 sampling.max_steps=6
     reset.localizer.max_tokens=8 reset.localizer.max_question_tokens=900
-    train.steps=3 train.prompts_per_step=4 train.microbatch_groups=4 train.min_signal_groups=0
+    train.steps=3 train.prompts_per_step=4 train.min_signal_groups=0
     optimizer.warmup_steps=0 optimizer.learning_rate=1e-3 task.processes=1
     data.eval_size=4 eval.batch=4 eval.every_steps=null checkpoint.every_steps=2
 """

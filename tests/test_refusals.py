@@ -157,10 +157,6 @@ REFUSED = [
         "train.prompts_per_step=32 mesh.data=3",
         "train.prompts_per_step 32 is not divisible by mesh.data 3 × mesh.fsdp 1 = 3 shards",
     ),
-    chain(
-        "mesh.fsdp=2 train.microbatch_groups=3",
-        "train.microbatch_groups 3 is not divisible by mesh.data 1 × mesh.fsdp 2 = 2 shards",
-    ),
     chain("mesh.data=4 eval.batch=30", "eval.batch 30 is not divisible by mesh.data 4"),
     chain(
         "mesh.tensor=3",

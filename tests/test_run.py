@@ -22,6 +22,7 @@ from model_helpers import assert_same_params
 
 from jaxreset import cli
 from jaxreset.config import load_config
+from jaxreset.errors import RunError
 from jaxreset.models.policy import load_policy
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask
@@ -36,7 +37,7 @@ TINY = """
     task.min_terms=3 task.max_terms=5 sampling.max_prompt_tokens=18 reset.localizer.max_tokens=5
     sampling.max_response_tokens=32 sampling.max_step_tokens=8
     reset.localizer.max_question_tokens=80 warm_start.steps=5 warm_start.batch=8
-    train.steps=4 train.prompts_per_step=4 train.microbatch_groups=4 train.min_signal_groups=16
+    train.steps=4 train.prompts_per_step=4 train.microbatch_tokens=1500 train.min_signal_groups=16
     data.eval_size=16 eval.batch=16 eval.every_steps=null checkpoint.every_steps=2
 """
 EXEMPT = ("time/", "seconds", "compiles")
@@ -118,6 +119,30 @@ def test_a_run_writes_its_folder(unstopped):
     assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == ["2", "4"]
     assert unstopped.curve.read_bytes().startswith(b"\x89PNG")
     assert unstopped.curve.parent == folder
+
+
+def test_rewards_that_are_not_finite_skip_updates_and_end_the_run(tmp_path, monkeypatch):
+    def sometimes_nan(task, items):
+        scores = even_length(task, items)
+        rewards = np.where([len(text) % 7 == 0 for _, text in items], np.nan, scores.rewards)
+        return Scores(rewards, ())
+
+    monkeypatch.setattr(ChainTask, "score", sometimes_nan)
+    overrides = ("train.min_signal_groups=0", "train.max_nonfinite=3", "warm_start.steps=0")
+    with pytest.raises(RunError, match=r"3 gradients in a row .* groups in nonfinite/"):
+        train(tiny(tmp_path, *overrides))
+    files = sorted((tmp_path / "nonfinite").iterdir())
+    assert [file.name for file in files] == [f"step_{n:06d}.jsonl" for n in (1, 2, 3)]
+    for file in files:
+        for line in file.read_text().splitlines():
+            group = json.loads(line)
+            assert (
+                not np.isfinite(group["rewards"]).all()
+                or not np.isfinite(group["advantages"]).all()
+            )
+            assert len(group["suffixes"]) == len(group["suffix_texts"]) == len(group["rewards"])
+    history = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_updates"] for line in history[1:]] == [1, 1]  # the third ended the run
 
 
 def test_metrics_have_one_line_a_step(unstopped):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from functools import partial
 from typing import NamedTuple
 
@@ -12,19 +14,26 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxreset.config import Optimizer, parse_config
 from jaxreset.errors import RunError
-from jaxreset.groups import Group, PackShape, pack
+from jaxreset.groups import Group
+from jaxreset.microbatches import PackShape, empty_batch, pack
+from jaxreset.models.decoder import Decoder, DecoderConfig
 from jaxreset.parallel import make_mesh, param_shardings, rows_sharding
 from jaxreset.sampling import Stream
 from jaxreset.training.compiles import compiles
 from jaxreset.training.learner import Learner
-from jaxreset.training.update import LossForm, accumulate, logp_gap, make_optimizer
+from jaxreset.training.update import LossForm, accumulate, make_optimizer, measure
 
 VOCAB, ROWS, PREFIX, SUFFIX = 28, 4, 9, 6
 SMALL, LARGE = PackShape(4, ROWS, PREFIX, SUFFIX), PackShape(8, ROWS, PREFIX, SUFFIX)
-TEMPERATURE = np.float32(0.7)
+ROOMY = PackShape(
+    2, 5, 3 * PREFIX, 3 * SUFFIX
+)  # several groups in a bin, several suffixes in a lane
+TEMPERATURE, ONE = np.float32(0.7), np.float32(1)
 SEQUENCE = LossForm()
 FORMS = [
     SEQUENCE,
@@ -36,7 +45,7 @@ QUICK = {"compiler_options": {"xla_backend_optimization_level": 0}}
 quick_accumulate = jax.jit(
     accumulate.__wrapped__, static_argnames=("graph", "form", "remat"), **QUICK
 )
-quick_logp_gap = jax.jit(logp_gap.__wrapped__, static_argnames=("graph", "remat"), **QUICK)
+quick_measure = jax.jit(measure.__wrapped__, static_argnames=("graph", "remat"), **QUICK)
 
 
 def random_groups(count, *, seed=0, silent=()):
@@ -62,7 +71,7 @@ def random_groups(count, *, seed=0, silent=()):
     return groups
 
 
-def summed_gradient(policy, groups, shape=SMALL, form=SEQUENCE, mesh=None):
+def summed_gradient(policy, groups, shape=SMALL, form=SEQUENCE, mesh=None, remat=False):
     """The undivided gradient and loss, microbatch after microbatch."""
     params = policy.params
     if mesh is not None:
@@ -72,7 +81,7 @@ def summed_gradient(policy, groups, shape=SMALL, form=SEQUENCE, mesh=None):
         if mesh is not None:
             batch = jax.device_put(batch, rows_sharding(mesh))
         gradients, loss = quick_accumulate(
-            gradients, params, batch, TEMPERATURE, graph=policy.graph, form=form, remat=False
+            gradients, params, batch, TEMPERATURE, graph=policy.graph, form=form, remat=remat
         )
         total += float(loss)
     return gradients, total
@@ -130,14 +139,36 @@ def leaves(tree):
 # Gradients
 
 
+@pytest.mark.parametrize("shape", [SMALL, ROOMY], ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_gradient_is_that_of_plain_sequences(policy64, form):
+def test_gradient_is_that_of_plain_sequences(policy64, form, shape):
     groups = random_groups(9)
-    ours, value = summed_gradient(policy64, groups, form=form)
+    ours, value = summed_gradient(policy64, groups, shape, form=form)
     theirs, expected = plain_gradient(policy64, groups, form)
     assert all(np.abs(leaf).max() > 1e-3 for leaf in leaves(theirs))
     assert_close(ours, theirs, 1e-9)
     np.testing.assert_allclose(value, expected, rtol=1e-7)  # advantages are packed in float32
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(1, 9),
+    shape=st.sampled_from([SMALL, ROOMY]),
+    remat=st.booleans(),
+    dtype=st.sampled_from(["float64", "float32"]),
+)
+def test_gradient_is_that_of_plain_sequences_for_any_groups(
+    policies, seed, count, shape, remat, dtype
+):
+    """Relative to the norm of each array's gradient."""
+    groups, policy = random_groups(count, seed=seed), policies[dtype]
+    with jax.enable_x64(dtype == "float64"):
+        ours, _ = summed_gradient(policy, groups, shape, remat=remat)
+        theirs, _ = plain_gradient(policy, groups, SEQUENCE)
+        for a, b in zip(leaves(ours), leaves(theirs), strict=True):
+            gap = np.linalg.norm(a - b) / np.linalg.norm(b)
+            assert gap < {"float64": 1e-9, "float32": 1e-5}[dtype]
 
 
 def test_gradient_does_not_depend_on_the_order_of_groups(policy64):
@@ -157,15 +188,41 @@ def test_gradient_does_not_depend_on_microbatches_or_devices(policy64):
     np.testing.assert_allclose(total, value, rtol=1e-9)
 
 
+def test_no_buffer_holds_logits_of_all_tokens():
+    """Read from the compiled step: no array has tokens times vocabulary entries."""
+    vocab, shape = 20_000, PackShape(2, 8, 64, 256)
+    config = DecoderConfig(
+        vocab=vocab, layers=2, width=32, heads=2, kv_heads=1, head_dim=16, mlp=64
+    )
+    graph, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    compiled = accumulate.lower(
+        params, params, empty_batch(shape), ONE, graph=graph, form=SEQUENCE, remat=True
+    ).compile()
+    text = compiled.as_text()
+    sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
+    tokens = shape.bins * shape.lanes * shape.slots
+    assert vocab * config.width in sizes  # the embedding is among them
+    assert max(sizes) <= tokens * vocab / 4  # a chunk's
+
+
 def test_padding_holds_anything(policy64):
     (batch,) = pack(random_groups(3, seed=2), [SMALL])
     rng = np.random.default_rng(0)
     exists = np.arange(SUFFIX) < batch.lengths[..., None]
-    held = np.arange(PREFIX) < batch.prefix_lengths[:, None]
+
+    def with_junk(values, ids, most=VOCAB):
+        return np.where(ids > 0, values, rng.integers(0, most, ids.shape, np.int32))
+
+    packing = batch.packing
     junk = batch._replace(
-        prefix=np.where(held, batch.prefix, rng.integers(0, VOCAB, held.shape, np.int32)),
-        rows=np.where(exists, batch.rows, rng.integers(0, VOCAB, exists.shape, np.int32)),
-        targets=np.where(exists, batch.targets, rng.integers(0, VOCAB, exists.shape, np.int32)),
+        prefix=with_junk(batch.prefix, packing.prefix_groups),
+        rows=with_junk(batch.rows, packing.suffixes),
+        targets=with_junk(batch.targets, packing.suffixes),
+        packing=packing._replace(
+            positions=with_junk(packing.positions, packing.suffixes, 99),
+            prefix_positions=with_junk(packing.prefix_positions, packing.prefix_groups, 99),
+        ),
+        cells=with_junk(batch.cells, exists, ROWS * SUFFIX),
         behavior_logps=np.where(exists, batch.behavior_logps, np.float32(np.nan)),
     )
     clean, dirty = (
@@ -182,11 +239,11 @@ def test_padding_holds_anything(policy64):
     )
     assert_close(dirty, clean, 1e-14)
     clean, dirty = (
-        quick_logp_gap(policy64.params, b, TEMPERATURE, graph=policy64.graph, remat=False)
+        quick_measure(policy64.params, b, TEMPERATURE, graph=policy64.graph, remat=False)
         for b in (batch, junk)
     )
     np.testing.assert_allclose(dirty, clean, rtol=1e-14)
-    assert clean[1] == exists.sum() == batch.lengths.sum()
+    assert clean.tokens == exists.sum() == batch.lengths.sum()
 
 
 # The learner
@@ -195,14 +252,15 @@ def test_padding_holds_anything(policy64):
 OPTIMIZER = make_optimizer(Optimizer(learning_rate=1e-2), steps=10)
 
 
-def new_learner(policy, *, shape=SMALL, form=SEQUENCE, mesh=None, **train):
+def new_learner(policy, *, shape=SMALL, form=SEQUENCE, mesh=None, on_nonfinite=print, **train):
     """A learner with its own copy of the policy, which updates overwrite; placed as a new one."""
-    train = {"prompts_per_step": 12, "microbatch_groups": 8, "min_signal_groups": 0} | train
+    train = {"prompts_per_step": 12, "min_signal_groups": 0} | train
     config = parse_config({"objective": "grpo", "train": train, "sampling": {"temperature": 0.7}})
     params, rows = jax.tree.map(lambda p: jnp.asarray(np.array(p)), policy.params), None
     if mesh is not None:
         params, rows = jax.device_put(params, param_shardings(mesh, params)), rows_sharding(mesh)
-    return Learner(config, policy.with_params(params, 0), OPTIMIZER, form, [shape], rows)
+    policy = policy.with_params(params, 0)
+    return Learner(config, policy, OPTIMIZER, form, [shape], rows, on_nonfinite)
 
 
 class Run(NamedTuple):
@@ -234,7 +292,7 @@ def run(request, policies):
 
 @pytest.mark.parametrize("run", [None, (2, 2, 2)], ids=str, indirect=True)
 def test_nothing_compiles_after_compile_since_the_state_stays_where_it_is(run):
-    assert run.before >= 3  # logp_gap, accumulate, apply
+    assert run.before >= 3  # measure, accumulate, apply
     assert run.after == 0
     state = run.learner.state
     for *places, leaf in zip(*run.places, jax.tree.leaves(state), strict=True):
@@ -256,6 +314,24 @@ def test_waits_and_steps_are_those_of_the_mean_gradient_on_any_mesh(policy64, ru
         updates, opt_state = step(mean, opt_state, params)
         params = optax.apply_updates(params, updates)
     assert_close(run.learner.policy.params, params, 1e-7)
+
+
+def test_dropping_groups_without_signal_changes_no_parameter_in_five_steps(policy64, monkeypatch):
+    dropping, running = new_learner(policy64), new_learner(policy64)
+    for seed in range(5):
+        groups = random_groups(8, seed=seed, silent=(0, 2, 3, 6, 7))
+        saved = dropping.learn(groups, prompts=8)
+        with monkeypatch.context() as patch:
+            patch.setattr(Group, "has_signal", True)
+            everything = running.learn(groups, prompts=8)
+        assert saved["groups/with_signal"] == 3
+        assert saved["update/tokens"] < everything["update/tokens"]
+        dropped = [g for g in groups if not np.any(g.advantages)]
+        assert saved["update/tokens_saved"] == sum(len(g.prefix) + g.tokens for g in dropped)
+        assert everything["update/tokens_saved"] == 0
+        assert 0 <= saved["update/padding_share"] < 1
+    assert dropping.policy.version == running.policy.version == 5
+    assert_close(dropping.state.params, running.state.params, 1e-12)
 
 
 def test_groups_without_signal_count_but_change_no_gradient(policy64):
@@ -315,7 +391,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(policy64):
     good = random_groups(4)
     bad = random_groups(4, seed=1)
     bad[2].advantages = np.array([np.inf] * len(bad[2].suffixes))
-    learner, other = new_learner(policy64, max_nonfinite=2), new_learner(policy64)
+    told = []
+    learner = new_learner(policy64, max_nonfinite=2, on_nonfinite=lambda *args: told.append(args))
+    other = new_learner(policy64)
     learner.learn(good, prompts=4)
     other.learn(good, prompts=4)
     before = leaves((learner.state.params, learner.state.opt_state))
@@ -323,6 +401,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(policy64):
     assert not np.isfinite(metrics["grad_norm"])
     assert (metrics["optimizer_steps"], metrics["skipped_updates"]) == (0, 1)
     assert learner.policy.version == learner.progress.nonfinite == 1
+    assert told == [(1, [bad[2]])]
     after = leaves((learner.state.params, learner.state.opt_state))
     assert all(map(np.array_equal, before, after))
     # A good step starts the count again, and nothing of the bad gradient is left in it.
@@ -334,6 +413,29 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(policy64):
     with pytest.raises(RunError, match="2 gradients in a row"):
         learner.learn(bad, prompts=4)
     assert_close(learner.state.params, other.state.params, 0)
+
+
+def test_a_group_whose_gradient_alone_is_not_finite_is_found(policy64):
+    """Its advantages are finite, and so is its loss; the update waits for several steps' groups."""
+    groups = random_groups(6)
+    ratio = [np.full(len(b), -1000.0, np.float32) for b in groups[4].behavior_logps]
+    groups[4].behavior_logps, groups[4].advantages = ratio, -np.ones(len(ratio))
+    told = []
+    learner = new_learner(
+        policy64,
+        form=FORMS[2],
+        min_signal_groups=6,
+        on_nonfinite=lambda *args: told.append(args),
+    )
+    before = leaves(learner.state.params)
+    for first in (0, 3):
+        part = [dataclasses.replace(g, prompt=g.prompt - first) for g in groups[first : first + 3]]
+        learner.learn(part, prompts=3)
+    ((step, found),) = told
+    assert (step, [g.prompt for g in found]) == (1, [1])
+    assert found[0].behavior_logps is ratio
+    assert all(map(np.array_equal, before, leaves(learner.state.params)))
+    assert not any(leaf.any() for leaf in leaves(learner.state.gradients))
 
 
 def test_the_policy_samples_between_updates(policy64, sampler):

@@ -36,7 +36,7 @@ def shared_prefix_attention(
     mask: Array,
     prefix_keys: Array | None = None,
     prefix_values: Array | None = None,
-    prefix_lengths: Array | None = None,
+    prefix_mask: Array | None = None,
 ) -> Array:
     """Softmax attention over the concatenation of a shared prefix and each row's own suffix.
 
@@ -47,9 +47,8 @@ def shared_prefix_attention(
       query: `[N, K, T, H, D]`.
       keys, values: `[N, K, G, D, S]` and `[N, K, G, S, D]`, the row's own slots.
       mask: bool, broadcastable to `[N, K, T, S]`: which own slots each query sees; at least one.
-      prefix_keys, prefix_values: `[N, G, D, P]` and `[N, G, P, D]`, seen by every row of the group,
-        or None.
-      prefix_lengths: `[N]` int: the slots of the prefix that exist.
+      prefix_keys, prefix_values: `[N, G, D, P]` and `[N, G, P, D]`, shared by the K rows, or None.
+      prefix_mask: bool, broadcastable to `[N, K, T, P]`: which slots of the prefix each query sees.
 
     Returns:
       `[N, K, T, H, D]` in the dtype of `query`.
@@ -59,17 +58,18 @@ def shared_prefix_attention(
     query = (query * width**-0.5).reshape(n, k, t, groups, heads // groups, width)
     visible = mask[:, :, None, :, None]  # [N, K, 1, T, 1, S]
     part = _attend("nktgrd,nkgds->nkgtrs", "nkgtrs,nkgsd->nkgtrd", query, keys, values, visible)
-    if prefix_keys is not None and prefix_values is not None and prefix_lengths is not None:
-        exists = jnp.arange(prefix_keys.shape[-1]) < prefix_lengths[:, None]  # [N, P]
-        exists = exists[:, None, None, None, None]
+    if prefix_keys is not None and prefix_values is not None and prefix_mask is not None:
+        visible = prefix_mask[:, None, :, :, None]  # [N, 1, K, T, 1, P]
         equations = "nktgrd,ngdp->ngktrp", "ngktrp,ngpd->ngktrd"
-        shared = _attend(*equations, query, prefix_keys, prefix_values, exists)
+        shared = _attend(*equations, query, prefix_keys, prefix_values, visible)
         part = _merge(part, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), shared))
     out = part.weighted / part.total[..., None]
     return jnp.moveaxis(out, 2, 3).reshape(n, k, t, heads, width).astype(query.dtype)
 
 
-def causal_attention(query: Array, keys: Array, values: Array) -> Array:
+def causal_attention(
+    query: Array, keys: Array, values: Array, segments: Array | None = None
+) -> Array:
     """Attention of tokens to themselves and to those before them.
 
     A block of queries reads no key after its last one, which leaves out almost half of the scores.
@@ -77,6 +77,7 @@ def causal_attention(query: Array, keys: Array, values: Array) -> Array:
     Args:
       query: `[N, T, H, D]`.
       keys, values: `[N, G, D, T]` and `[N, G, T, D]`.
+      segments: `[N, T]` int: tokens see those of their own segment only; None: all are of one.
 
     Returns:
       `[N, T, H, D]` in the dtype of `query`.
@@ -86,10 +87,17 @@ def causal_attention(query: Array, keys: Array, values: Array) -> Array:
     attended = []
     for first in range(0, max(size, 1), block):  # once even where there are no tokens
         end = min(first + block, size)
-        mask = jnp.arange(end) <= jnp.arange(first, end)[:, None]
+        mask = (jnp.arange(end) <= jnp.arange(first, end)[:, None])[None, None]
+        if segments is not None:
+            mask &= same_segment(segments[:, None, first:end], segments[:, None, :end])
         own = query[:, None, first:end], keys[:, None, ..., :end], values[:, None, ..., :end, :]
-        attended.append(shared_prefix_attention(*own, mask[None, None])[:, 0])
+        attended.append(shared_prefix_attention(*own, mask)[:, 0])
     return jnp.concatenate(attended, axis=1)
+
+
+def same_segment(queries: Array, keys: Array) -> Array:
+    """`[..., T]` and `[..., S]` segments of tokens -> bool `[..., T, S]`."""
+    return queries[..., :, None] == keys[..., None, :]
 
 
 def _attend(

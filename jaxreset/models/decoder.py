@@ -28,7 +28,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxreset.models.attention import causal_attention, shared_prefix_attention
+from jaxreset.models.attention import causal_attention, same_segment, shared_prefix_attention
+from jaxreset.models.packing import Packing
 
 Array = jax.Array
 Carry = TypeVar("Carry")
@@ -204,19 +205,33 @@ class Decoder(nnx.Module):
 
     def logits(self, tokens: Array) -> Array:
         """`[B, T]` right-padded tokens -> `[B, T, V]` float32 logits; for inspection, not for training."""
-        hidden, _ = self._causal(tokens)
+        hidden = self.hidden(tokens)
         return jnp.dot(hidden, self.head, preferred_element_type=_wide(hidden))
 
-    def hidden(self, tokens: Array) -> Array:
-        """`[B, T]` right-padded tokens -> `[B, T, E]`; position t predicts token t + 1."""
-        return self._causal(tokens)[0]
+    def hidden(self, tokens: Array, *, remat: bool = False) -> Array:
+        """`[B, T]` right-padded tokens -> `[B, T, E]`; position t predicts token t + 1.
+
+        `remat`: recompute activations in the backward pass instead of keeping them.
+        """
+        turn = rotation(jnp.arange(tokens.shape[-1])[None], self.config)
+
+        def layer(x: Array, block: Block) -> tuple[Array, None]:
+            return _self_attend(block, x, turn)[0], None
+
+        return self.norm(self._scan(layer, self.embed[tokens], remat=remat)[0])
 
     def prefill(self, tokens: Array) -> Store:
         """`[N, P]` right-padded prefixes -> their keys and values, `[L, N, G, D, P]` and `[L, N, G, P, D]`.
 
         Slots at and after a prefix's end hold padding: attention masks them by length.
         """
-        return self._causal(tokens)[1]
+        turn = rotation(jnp.arange(tokens.shape[-1])[None], self.config)
+
+        def layer(x: Array, block: Block) -> tuple[Array, KV]:
+            x, keys, values = _self_attend(block, x, turn)
+            return x, KV(keys, values)
+
+        return self._scan(layer, self.embed[tokens])[1]
 
     def extend(self, tokens: Array, prefix: Store, prefix_lengths: Array) -> Store:
         """Keys and values of more tokens of each prefix; what the prefix holds isn't computed again.
@@ -232,39 +247,45 @@ class Decoder(nnx.Module):
         turn = rotation(prefix_lengths[:, None, None] + jnp.arange(tokens.shape[-1]), self.config)
         causal = _causal_mask(tokens.shape[-1])
 
+        exists = _exist(prefix_lengths, prefix[0].keys.shape[-1])
+
         def layer(x: Array, block: Block, shared: KV) -> tuple[Array, KV]:
             query, keys, values = block.project(x, turn)
             own = KV(*_slots_inside(keys, values))
-            attended = shared_prefix_attention(query, *own, causal, *shared, prefix_lengths)
+            attended = shared_prefix_attention(query, *own, causal, *shared, exists)
             return block.combine(x, attended), own
 
         return self._scan(layer, self.embed[tokens][:, None], prefix)[1]
 
     def suffix_hidden(
-        self, prefix: Array, prefix_lengths: Array, rows: Array, *, remat: bool = False
+        self, prefix: Array, rows: Array, packing: Packing, *, remat: bool = False
     ) -> Array:
-        """Hidden states of K suffixes whose shared prefix runs through the network once.
+        """Hidden states of suffixes whose shared prefixes run through the network once.
 
         Args:
-          prefix: `[N, P]` right-padded tokens, the last prefix token left out.
-          prefix_lengths: `[N]` int, the tokens of `prefix` that exist.
-          rows: `[N, K, S]` right-padded row inputs: the last prefix token, then the suffix but for its
-            last token.
+          prefix: `[N, P]` tokens of prefixes, the last token of each left out.
+          rows: `[N, K, S]` tokens: of each suffix the last prefix token, then its own but for the last.
+          packing: which group and suffix each of them is of; see `one_group_each`.
           remat: recompute activations in the backward pass instead of keeping them.
 
         Returns:
-          `[N, K, S, E]`; slot t predicts the suffix's t-th token.
+          `[N, K, S, E]`; the state at a suffix's slot t predicts its t-th token.
         """
-        turn = rotation(prefix_lengths[:, None, None] + jnp.arange(rows.shape[-1]), self.config)
-        prefix_turn = rotation(jnp.arange(prefix.shape[-1])[None], self.config)
+        turn = rotation(packing.positions, self.config)
+        prefix_turn = rotation(packing.prefix_positions, self.config)
         causal = _causal_mask(rows.shape[-1])
 
         def layer(carry: tuple[Array, Array], block: Block) -> tuple[tuple[Array, Array], None]:
             shared, own = carry
-            shared, keys, values = _self_attend(block, shared, prefix_turn)
+            shared, keys, values = _self_attend(block, shared, prefix_turn, packing.prefix_groups)
             query, row_keys, row_values = block.project(own, turn)
             attended = shared_prefix_attention(
-                query, *_slots_inside(row_keys, row_values), causal, keys, values, prefix_lengths
+                query,
+                *_slots_inside(row_keys, row_values),
+                causal & same_segment(packing.suffixes, packing.suffixes),
+                keys,
+                values,
+                same_segment(packing.groups, packing.prefix_groups[:, None]),
             )
             return (shared, block.combine(own, attended)), None
 
@@ -301,6 +322,7 @@ class Decoder(nnx.Module):
         """
         size = suffix[0].keys.shape[-1]
         turn, mask = place or self.place(slots, prefix_lengths, size)
+        exists = _exist(prefix_lengths, prefix[0].keys.shape[-1])
         group, row = jnp.indices(tokens.shape)
 
         def layer(
@@ -319,7 +341,7 @@ class Decoder(nnx.Module):
                 mask,
                 shared.keys[index],
                 shared.values[index],
-                prefix_lengths,
+                exists,
             )
             return block.combine(x, attended), KV(keys, values)
 
@@ -332,16 +354,6 @@ class Decoder(nnx.Module):
             )
             written.append(own)
         return self.norm(x)[:, :, 0], tuple(written)
-
-    def _causal(self, tokens: Array) -> tuple[Array, Store]:
-        turn = rotation(jnp.arange(tokens.shape[-1])[None], self.config)
-
-        def layer(x: Array, block: Block) -> tuple[Array, KV]:
-            x, keys, values = _self_attend(block, x, turn)
-            return x, KV(keys, values)
-
-        x, cache = self._scan(layer, self.embed[tokens])
-        return self.norm(x), cache
 
     def _scan(
         self,
@@ -372,16 +384,23 @@ def _take_layer(stack: Block, index: Array | int) -> Block:
     return nnx.merge(graph, jax.tree.map(lambda p: p[index], stacked))
 
 
-def _self_attend(block: Block, x: Array, turn: Rotation) -> tuple[Array, Array, Array]:
+def _self_attend(
+    block: Block, x: Array, turn: Rotation, segments: Array | None = None
+) -> tuple[Array, Array, Array]:
     """One causal layer over `x` [N, T, E]; right padding can't be seen from before it."""
     query, keys, values = block.project(x, turn)
     keys, values = _slots_inside(keys, values)
-    return block.combine(x, causal_attention(query, keys, values)), keys, values
+    return block.combine(x, causal_attention(query, keys, values, segments)), keys, values
 
 
 def _slots_inside(keys: Array, values: Array) -> tuple[Array, Array]:
     """`[..., slots, G, D]` both -> `[..., G, D, slots]` and `[..., G, slots, D]`."""
     return jnp.moveaxis(keys, -3, -1), jnp.moveaxis(values, -3, -2)
+
+
+def _exist(lengths: Array, size: int) -> Array:
+    """Which of a prefix's slots there are, `[N, 1, 1, size]`."""
+    return (jnp.arange(size) < lengths[:, None])[:, None, None]
 
 
 def _causal_mask(size: int) -> Array:

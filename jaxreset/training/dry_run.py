@@ -36,8 +36,8 @@ def describe(config: Config, console: Console) -> None:
         caches[name] = cache_bytes(model, shape)
         table.add_row(name, *map(str, shape), _size(caches[name]))
     for pack in plan.pack:
-        tokens = pack.groups * (pack.prefix + pack.rows * pack.suffix)
-        table.add_row("update", *map(str, pack), f"{tokens:,} tokens")
+        tokens = pack.bins * (pack.prefix + pack.lanes * pack.slots)
+        table.add_row("update (bins, lanes)", *map(str, pack), f"{tokens:,} tokens")
     console.print(table)
 
     params = sum(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -10,7 +11,8 @@ import optax
 
 from jaxreset.config import Config
 from jaxreset.errors import RunError
-from jaxreset.groups import Group, GroupBatch, PackShape, empty_batch, pack
+from jaxreset.groups import Group
+from jaxreset.microbatches import GroupBatch, PackShape, empty_batch, pack
 from jaxreset.models.policy import Policy
 from jaxreset.training.checkpoints import Progress
 from jaxreset.training.update import (
@@ -20,8 +22,17 @@ from jaxreset.training.update import (
     apply,
     init_state,
     layout_of,
-    logp_gap,
+    measure,
+    start_anew,
 )
+
+
+class Ran(NamedTuple):
+    """What a minibatch took: its loss, undivided, and tokens and slots of its microbatches."""
+
+    loss: float
+    tokens: int
+    slots: int
 
 
 class Learner:
@@ -32,8 +43,9 @@ class Learner:
       policy: its parameters are taken over, and overwritten by updates.
       optimizer: see `update.make_optimizer`.
       form: the loss.
-      shapes: of microbatches.
+      shapes: of microbatches, see `microbatches.pack_shapes`.
       sharding: of microbatches over the mesh, None for one device.
+      on_nonfinite: told of the step and the groups whose gradient, or reward, was not finite.
     """
 
     def __init__(
@@ -44,6 +56,7 @@ class Learner:
         form: LossForm,
         shapes: Sequence[PackShape],
         sharding: jax.sharding.Sharding | None = None,
+        on_nonfinite: Callable[[int, list[Group]], None] = lambda step, groups: None,
     ):
         self.config, self.optimizer, self.form = config, optimizer, form
         self.shapes, self.sharding = shapes, sharding
@@ -53,6 +66,8 @@ class Learner:
         self._gradient_layout = layout_of(self.state.gradients)
         self.progress = Progress(seed=config.seed)
         self._policy = policy
+        self._on_nonfinite = on_nonfinite
+        self._pending: list[Group] = []  # behind the gradients summed so far
 
     @property
     def policy(self) -> Policy:
@@ -62,10 +77,9 @@ class Learner:
     def compile(self) -> None:
         """Compiles the update in all its shapes, without running it."""
         static = {"graph": self._policy.graph, "remat": self.config.train.remat}
+        params, gradients = self.state.params, self.state.gradients
         for shape in self.shapes:
             batch = self._put(empty_batch(shape))
-            params, gradients = self.state.params, self.state.gradients
-            logp_gap.lower(params, batch, self.temperature, **static).compile()
             accumulate.lower(
                 gradients,
                 params,
@@ -75,6 +89,7 @@ class Learner:
                 layout=self._gradient_layout,
                 **static,
             ).compile()
+        measure.lower(params, batch, self.temperature, **static).compile()  # the smallest
         apply.lower(
             self.state, np.float32(1), optimizer=self.optimizer, layout=self._layout
         ).compile()
@@ -87,15 +102,16 @@ class Learner:
           prompts: in the batch; minibatches are consecutive runs of them.
 
         Returns:
-          Metrics `loss`, `grad_norm`, `logp_gap`, `groups/*`, `optimizer_steps`.
+          Metrics `loss`, `grad_norm`, `logp_gap`, `policy/entropy`, `groups/*`, `update/*`,
+          `optimizer_steps`.
         """
-        metrics = {"logp_gap": self._logp_gap(groups)}
+        metrics = self._measure(groups)
         size = self.config.minibatch_prompts
-        loss_sum = normalizer = steps = skipped = 0.0
-        norms = []
+        normalizer = steps = skipped = 0.0
+        norms, ran = [], []
         for first in range(0, prompts, size):
             minibatch = [g for g in groups if first <= g.prompt < first + size]
-            loss_sum += self._accumulate(minibatch)
+            ran.append(self._accumulate(minibatch))
             normalizer += self._normalizer(minibatch)
             least = self.config.train.min_signal_groups or 0
             if self.progress.signal_groups < least or self.progress.normalizer == 0:
@@ -104,21 +120,37 @@ class Learner:
             steps += bool(np.isfinite(norms[-1]))
             skipped += not np.isfinite(norms[-1])
         signal = sum(g.has_signal for g in groups)
+        tokens, slots = sum(r.tokens for r in ran), sum(r.slots for r in ran)
+        saved = sum(len(g.prefix) + g.tokens for g in groups if not g.has_signal)
         return metrics | {
-            "loss": loss_sum / max(normalizer, 1.0),
+            "loss": sum(r.loss for r in ran) / max(normalizer, 1.0),
             "grad_norm": float(np.mean(norms)) if norms else 0.0,
             "optimizer_steps": steps,
             "skipped_updates": skipped,
             "groups/drawn": float(len(groups)),
             "groups/with_signal": float(signal),
             "groups/signal_share": signal / max(len(groups), 1),
+            "update/tokens": float(tokens),
+            "update/tokens_saved": float(saved),
+            "update/padding_share": 1 - tokens / slots if slots else 0.0,
         }
 
-    def _accumulate(self, groups: Sequence[Group]) -> float:
+    def _accumulate(self, groups: Sequence[Group]) -> Ran:
         """Adds the gradient of groups that have one; the others only count in the denominator."""
         live = [g for g in groups if g.has_signal]
+        batches = pack(live, self.shapes)
+        total = self._sum_gradients(batches)
+        self._pending += live
+        self.progress = self.progress._replace(
+            signal_groups=self.progress.signal_groups + len(live),
+            normalizer=self.progress.normalizer + self._normalizer(groups),
+        )
+        return Ran(total, sum(b.tokens for b in batches), sum(b.slots for b in batches))
+
+    def _sum_gradients(self, batches: Sequence[GroupBatch]) -> float:
+        """Adds their gradients to the state's; returns the loss, undivided."""
         total, gradients = 0.0, self.state.gradients
-        for batch in pack(live, self.shapes):
+        for batch in batches:
             gradients, loss = accumulate(
                 gradients,
                 self.state.params,
@@ -131,10 +163,6 @@ class Learner:
             )
             total += float(loss)
         self.state = self.state._replace(gradients=gradients)
-        self.progress = self.progress._replace(
-            signal_groups=self.progress.signal_groups + len(live),
-            normalizer=self.progress.normalizer + self._normalizer(groups),
-        )
         return total
 
     def _normalizer(self, groups: Sequence[Group]) -> float:
@@ -157,30 +185,46 @@ class Learner:
         self.progress = self.progress._replace(
             version=self.progress.version + finite, nonfinite=bad, signal_groups=0, normalizer=0.0
         )
+        if not finite:
+            self._on_nonfinite(self.progress.step + 1, self._offenders())
+        self._pending = []
         if bad >= self.config.train.max_nonfinite:
             raise RunError(
                 f"{bad} gradients in a row weren't finite; the parameters are the last good ones. "
-                "Lower optimizer.learning_rate, or look at the rewards in rollouts/"
+                "Lower optimizer.learning_rate, or look at the groups in nonfinite/"
             )
         return float(norm)
 
-    def _logp_gap(self, groups: Sequence[Group]) -> float:
-        """Mean |trainer's - sampler's log-probability| over the first microbatch of each shape."""
-        total = tokens = 0.0
-        seen = set()
-        for batch in pack(groups, self.shapes):
-            if batch.prefix.shape in seen:
-                continue
-            seen.add(batch.prefix.shape)
-            gap, count = logp_gap(
+    def _offenders(self) -> list[Group]:
+        """Pending groups with an advantage that isn't finite; else those whose gradient alone is not."""
+        odd = [g for g in self._pending if not np.isfinite(g.advantages).all()]
+        if odd:
+            return odd
+        for group in self._pending:
+            self._sum_gradients(pack([group], self.shapes[-1:]))
+            finite, zeros = start_anew(self.state.gradients, layout=self._gradient_layout)
+            self.state = self.state._replace(gradients=zeros)
+            if not finite:
+                odd.append(group)
+        return odd
+
+    def _measure(self, groups: Sequence[Group]) -> dict[str, float]:
+        """`logp_gap` and `policy/entropy`, means over the tokens of one microbatch of some groups."""
+        smallest = self.shapes[-1]
+        for batch in pack(groups[: 4 * smallest.bins], [smallest])[:1]:
+            scored = measure(
                 self.state.params,
                 self._put(batch),
                 self.temperature,
                 graph=self._policy.graph,
                 remat=self.config.train.remat,
             )
-            total, tokens = total + float(gap), tokens + float(count)
-        return total / max(tokens, 1.0)
+            tokens = float(scored.tokens)
+            return {
+                "logp_gap": float(scored.gap) / tokens,
+                "policy/entropy": float(scored.entropy) / tokens,
+            }
+        return {"logp_gap": 0.0, "policy/entropy": 0.0}
 
     def _put(self, batch: GroupBatch) -> GroupBatch:
         return jax.device_put(batch, self.sharding)

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxreset.losses import token_logps
+from jaxreset.models.packing import one_group_each
 from jaxreset.models.policy import Policy
 from jaxreset.resets import Failure
 from jaxreset.sampling.rounds import Snapshot, Stream
@@ -175,7 +176,8 @@ def score_answers(
     answers = jnp.broadcast_to(answers, (len(questions), *answers.shape))
     first = jnp.broadcast_to(last[:, None], (*answers.shape[:2], 1))
     rows = jnp.concatenate([first, answers[..., :-1]], axis=-1)
-    hidden = model.suffix_hidden(questions, lengths - 1, rows)
+    packing = one_group_each(lengths - 1, questions, rows)
+    hidden = model.suffix_hidden(questions, rows, packing)
     logps = token_logps(hidden, model.head, answers)
     spelt = jnp.arange(answers.shape[-1]) < answer_lengths[:, None]
     return jnp.where(spelt, logps, 0).sum(axis=-1)

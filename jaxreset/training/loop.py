@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxreset.config import Config
 from jaxreset.errors import ConfigError
-from jaxreset.groups import set_advantages
+from jaxreset.groups import Group, set_advantages
 from jaxreset.models.policy import Policy
 from jaxreset.reporting.curve import draw_curve
 from jaxreset.reporting.display import Display
@@ -92,8 +93,18 @@ def _prepare(
             on_step=display.warm_start_step,
         )
     optimizer = make_optimizer(config.optimizer, config.train.steps)
+
+    def on_nonfinite(step: int, groups: list[Group]) -> None:
+        folder.save_nonfinite(step, [_group_record(g, experiment.decode) for g in groups])
+
     learner = Learner(
-        config, policy, optimizer, experiment.form, experiment.plan.pack, experiment.sharding
+        config,
+        policy,
+        optimizer,
+        experiment.form,
+        experiment.plan.pack,
+        experiment.sharding,
+        on_nonfinite,
     )
     if restoring:
         learner.state, learner.progress = checkpoints.restore(learner.state)
@@ -169,6 +180,21 @@ def _step(experiment: Experiment, learner: Learner, folder: RunFolder, step: int
         "time/sample": sampled - start,
         "time/update": end - sampled,
         "time/tokens_per_second": collected.metrics["tokens_sampled"] / (end - start),
+    }
+
+
+def _group_record(group: Group, decode: Callable[[np.ndarray], str]) -> dict[str, Any]:
+    """All that an update knows of a group, in JSON."""
+    return {
+        "prompt": group.prompt,
+        "reset_step": group.reset_step,
+        "prefix": group.prefix.tolist(),
+        "prefix_text": decode(group.prefix),
+        "suffixes": [s.tolist() for s in group.suffixes],
+        "suffix_texts": [decode(s) for s in group.suffixes],
+        "behavior_logps": [x.tolist() for x in group.behavior_logps],
+        "rewards": group.rewards.tolist(),
+        "advantages": group.advantages.tolist(),
     }
 
 

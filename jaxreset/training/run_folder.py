@@ -18,7 +18,7 @@ FREE_KEYS: tuple[str, ...] = ("run", "checkpoint", "eval", "train.steps", "train
 
 
 class RunFolder:
-    """`config.yaml`, `metrics.jsonl`, `rollouts/`, `checkpoints/` under one folder.
+    """`config.yaml`, `metrics.jsonl`, `rollouts/`, `checkpoints/`, `nonfinite/` under one folder.
 
     Args:
       config: resolved; its `run.dir` names the folder.
@@ -30,6 +30,7 @@ class RunFolder:
         self.saved = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.rollouts = self.path / "rollouts"
+        self.nonfinite = self.path / "nonfinite"
         self.checkpoints = self.path / "checkpoints"
         self._limit = int(config.run.rollouts_mb * 2**20)
 
@@ -91,7 +92,7 @@ class RunFolder:
         """Drops what was written after `step`: those steps will be run again."""
         kept = [line for line in self.history() if line["step"] <= step]
         _write(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        for file in self.rollouts.glob("step_*.jsonl"):
+        for file in [*self.rollouts.glob("step_*"), *self.nonfinite.glob("step_*")]:
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
 
@@ -106,6 +107,13 @@ class RunFolder:
         """Appends one step's metrics."""
         with self.metrics.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
+
+    def save_nonfinite(self, step: int, groups: Sequence[dict[str, Any]]) -> None:
+        """Writes groups for which a step's update was skipped."""
+        file = self.nonfinite / f"step_{step:06d}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        with file.open("a") as lines:  # a step may have several minibatches
+            lines.writelines(json.dumps({"step": step, **group}) + "\n" for group in groups)
 
     def save_trees(self, step: int, trees: Sequence[dict[str, Any]]) -> None:
         """Writes a step's reset trees, and drops the oldest files over the disk limit."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxreset.config import Config
 from jaxreset.errors import ConfigError
-from jaxreset.groups import PackShape
+from jaxreset.microbatches import PackShape, pack_shapes
 from jaxreset.models.decoder import DecoderConfig
 from jaxreset.models.policy import Policy, load_policy, new_policy
 from jaxreset.objectives import Objective
@@ -58,22 +58,20 @@ class Plan:
     sets: tuple[int, int]
 
 
-def make_plan(config: Config, objective: Objective) -> Plan:
-    """All shapes of a run, from the limits of its config."""
+def make_plan(config: Config, objective: Objective, *, shards: int = 1) -> Plan:
+    """All shapes of a run, from the limits of its config; `shards` of the mesh that groups lie on."""
     s, o, prompts = config.sampling, objective, config.train.prompts_per_step
     prompt, response = s.max_prompt_tokens, s.max_response_tokens
-    groups, rows = config.train.microbatch_groups, o.most_in_group
     base = [Shape(prompts, o.first_draw, prompt, response)]
     if o.drop_seeds and o.max_draws > o.first_draw:
         base.append(Shape(prompts, o.max_draws - o.first_draw, prompt, response))
-    pack = [PackShape(groups, rows, prompt, response)]
-    forks, localize = [], None
+    forks, localize, longest = [], None, prompt
     if o.rule is not None:
         child = Shape(prompts * o.resets, o.branches, prompt + response, response)
         forks = [(parent, child) for parent in base]
         if o.rungs > 1:
             forks.append((child, child))
-        pack.append(PackShape(groups, rows, prompt + response, response))
+        longest = child.prefix
     if o.rule == "self":
         ask = config.reset.localizer
         attempt = prompt + response if ask.mode == "inline" else 0
@@ -83,7 +81,15 @@ def make_plan(config: Config, objective: Objective) -> Plan:
         forks=tuple(forks),
         localize=localize,
         evaluate=Shape(config.eval.batch, 1, prompt, response),
-        pack=tuple(pack),
+        pack=tuple(
+            pack_shapes(
+                o.most_in_group,
+                longest - 1,
+                response,
+                tokens=config.train.microbatch_tokens,
+                shards=shards,
+            )
+        ),
         sets=(prompts * (1 + o.rungs * o.resets), o.base + o.resets * o.branches),
     )
 
@@ -138,8 +144,8 @@ def make_experiment(config: Config) -> Experiment:
 
 def _make_experiment(config: Config) -> Experiment:
     objective = config.make_objective()
-    plan = make_plan(config, objective)
     mesh = _mesh(config)
+    plan = make_plan(config, objective, shards=mesh.shape["data"] * mesh.shape["fsdp"])
     task = make_task(config.task)
     problems = _problems(config, task)
     policy = _policy(config)
@@ -233,7 +239,6 @@ def _mesh(config: Config) -> jax.sharding.Mesh:
     # Groups are split over data and fsdp, each shard taking equally many.
     for name, groups in (
         ("train.prompts_per_step", config.train.prompts_per_step),
-        ("train.microbatch_groups", config.train.microbatch_groups),
         ("eval.batch", config.eval.batch),
     ):
         if groups % (data * fsdp):

@@ -16,8 +16,8 @@ import optax
 from flax import nnx
 
 from jaxreset.config import Optimizer
-from jaxreset.groups import GroupBatch
-from jaxreset.losses import Aggregation, policy_loss, token_logps
+from jaxreset.losses import Aggregation, policy_loss, token_logps, token_logps_and_entropy
+from jaxreset.microbatches import GroupBatch
 from jaxreset.models.decoder import Decoder
 
 Array = jax.Array
@@ -93,14 +93,34 @@ def _laid_out(tree: Any, layout: Layout) -> Any:
     return jax.tree.unflatten(structure, map(jax.lax.with_sharding_constraint, leaves, layout))
 
 
+def batch_hidden(
+    params: nnx.State, batch: GroupBatch, graph: nnx.GraphDef, remat: bool
+) -> tuple[Array, Array]:
+    """Hidden states of a microbatch's slots, [N, K, S, E], and the output projection."""
+    model: Decoder = nnx.merge(graph, params)
+    hidden = model.suffix_hidden(batch.prefix, batch.rows, batch.packing, remat=remat)
+    return hidden, model.head
+
+
 def batch_logps(
     params: nnx.State, batch: GroupBatch, temperature: Array, graph: nnx.GraphDef, remat: bool
 ) -> tuple[Array, Array]:
-    """Log-probabilities of a microbatch's suffixes, and the mask of tokens that exist: [N, K, S]."""
-    model: Decoder = nnx.merge(graph, params)
-    hidden = model.suffix_hidden(batch.prefix, batch.prefix_lengths, batch.rows, remat=remat)
-    logps = token_logps(hidden, model.head, batch.targets, temperature=temperature)
-    return logps, jnp.arange(batch.targets.shape[-1]) < batch.lengths[..., None]
+    """Log-probabilities of a microbatch's suffixes, and the mask of tokens that exist: [N, C, S]."""
+    hidden, head = batch_hidden(params, batch, graph, remat)
+    logps = token_logps(hidden, head, batch.targets, temperature=temperature)
+    return by_suffix(logps, batch), exists(batch)
+
+
+def exists(batch: GroupBatch) -> Array:
+    """Which tokens of a microbatch's suffixes there are: [N, C, S]."""
+    return jnp.arange(batch.cells.shape[-1]) < batch.lengths[..., None]
+
+
+def by_suffix(values: Array, batch: GroupBatch) -> Array:
+    """Values of the slots [N, K, S], sorted by suffix: [N, C, S]; padding holds any of them."""
+    bins, cells = len(values), batch.cells
+    taken = jnp.take_along_axis(values.reshape(bins, -1), cells.reshape(bins, -1), axis=1)
+    return taken.reshape(cells.shape)
 
 
 @partial(jax.jit, static_argnames=("graph", "form", "remat", "layout"), donate_argnames="gradients")
@@ -138,13 +158,25 @@ def accumulate(
     return total if layout is None else _laid_out(total, layout), value
 
 
+class Scored(NamedTuple):
+    """Sums over tokens: |trainer's - sampler's log-probability|, entropy, and how many there are."""
+
+    gap: Array
+    entropy: Array
+    tokens: Array
+
+
 @partial(jax.jit, static_argnames=("graph", "remat"))
-def logp_gap(
+def measure(
     params: nnx.State, batch: GroupBatch, temperature: Array, *, graph: nnx.GraphDef, remat: bool
-) -> tuple[Array, Array]:
-    """Sum over tokens of |trainer's - sampler's log-probability|, and the number of tokens."""
-    logps, mask = batch_logps(params, batch, temperature, graph, remat)
-    return jnp.where(mask, jnp.abs(logps - batch.behavior_logps), 0).sum(), mask.sum()
+) -> Scored:
+    """What the policy makes of tokens that were sampled."""
+    hidden, head = batch_hidden(params, batch, graph, remat)
+    scored = token_logps_and_entropy(hidden, head, batch.targets, temperature=temperature)
+    logps, entropies = (by_suffix(x, batch) for x in scored)
+    mask = exists(batch)
+    gaps = jnp.where(mask, jnp.abs(logps - batch.behavior_logps), 0)
+    return Scored(gaps.sum(), jnp.where(mask, entropies, 0).sum(), mask.sum())
 
 
 @partial(jax.jit, static_argnames=("optimizer", "layout"), donate_argnames="state")
@@ -180,3 +212,10 @@ def apply(
     zeros = jax.tree.map(jnp.zeros_like, state.gradients)
     after = TrainState(params, opt_state, zeros)
     return after if layout is None else _laid_out(after, layout), norm
+
+
+@partial(jax.jit, static_argnames="layout", donate_argnames="gradients")
+def start_anew(gradients: nnx.State, *, layout: Layout) -> tuple[Array, nnx.State]:
+    """Whether the gradients (donated) are finite, and zeros in their place."""
+    zeros = jax.tree.map(jnp.zeros_like, gradients)
+    return jnp.isfinite(optax.tree.norm(gradients)), _laid_out(zeros, layout)
