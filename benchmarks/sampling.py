@@ -9,32 +9,17 @@ environment of its own, `benchmarks/.tunix`, made on the first run; transformers
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
 import time
-import venv
-from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from flax import nnx
+from common import SIZES, Contender, Tunix, new_policy, random_prompts, run_parts, take_turns, timed
 
-from jaxreset.models.decoder import Decoder, DecoderConfig
 from jaxreset.models.policy import Policy
 from jaxreset.sampling import Round, Sampler, Shape, Snapshot, StopRules, Stream, schedule
 from jaxreset.steps import build_automaton
 
-TUNIX = "google-tunix==0.1.7"
-HERE = Path(__file__).parent
-SIZES = {"layers": 4, "width": 256, "heads": 8, "kv_heads": 4, "mlp": 768, "vocab": 512}
 EMBEDDED = {"layers": 3, "width": 96, "heads": 4, "kv_heads": 4, "mlp": 192, "vocab": 28}
 HALF_BILLION = {
     "layers": 24, "width": 896, "heads": 14, "kv_heads": 2, "mlp": 4864, "vocab": 151_936,
@@ -43,19 +28,7 @@ PROMPTS, ROWS, NEW = 4, 8, 128
 RESET_GROUPS, RESET_ROWS, RESET_NEW = 8, 4, 32
 CUTS = 40, 96
 LONG = 512
-LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 QUESTION = 40  # tokens of a localiser's question, besides problem and attempt
-
-Contender = Callable[[int], float]  # a seed -> seconds
-
-
-def new_policy(sizes: dict[str, int] = SIZES) -> Policy:
-    """A policy with random weights and no tokenizer."""
-    head_dim = sizes["width"] // sizes["heads"]
-    config = DecoderConfig(**sizes, head_dim=head_dim, qkv_bias=True, rope_theta=1e6)
-    graph, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
-    tokenizer: Any = None
-    return Policy(graph, params, config, tokenizer, eos_ids=())
 
 
 def new_sampler(
@@ -69,46 +42,6 @@ def new_sampler(
     words = [b"\n", *(i.to_bytes(3) for i in range(1, vocab))]
     automaton = build_automaton(words, delimiter="\n", vocab_size=vocab)
     return Sampler(automaton, StopRules(most), shapes=shapes, forks=list(forks), **options)
-
-
-def random_prompts(count: int, length: int, seed: int = 0) -> list[np.ndarray]:
-    return list(np.random.default_rng(seed).integers(1, SIZES["vocab"], (count, length)))
-
-
-class Tunix:
-    """google-tunix's sampler in a process and a virtual environment of its own."""
-
-    def __init__(self) -> None:
-        folder = HERE / ".tunix"
-        python = folder / "bin" / "python"
-        if not python.exists():
-            venv.create(folder, with_pip=True)
-            subprocess.run([python, "-m", "pip", "install", "-q", TUNIX], check=True)
-        self._process = subprocess.Popen(
-            [python, HERE / "tunix_worker.py"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            text=True,
-        )
-        self.versions = self._answer()
-
-    def contender(self, prompts: list[np.ndarray], new: int) -> Contender:
-        """Draws `new` tokens after each prompt."""
-        ids = [[int(t) for t in prompt] for prompt in prompts]
-
-        def run(seed: int) -> float:
-            case = {"prompts": ids, "new": new, "seed": seed, "sizes": SIZES}
-            print(json.dumps(case), file=self._process.stdin, flush=True)
-            return self._answer()
-
-        return run
-
-    def _answer(self) -> Any:
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("the tunix worker ended; its error is above")
-        return json.loads(line)
 
 
 def transformers_contender(prompts: list[np.ndarray], new: int) -> Contender:
@@ -145,17 +78,6 @@ def transformers_contender(prompts: list[np.ndarray], new: int) -> Contender:
     return run
 
 
-def timed(draw: Callable[[int], Any]) -> Contender:
-    """Seconds of a call that returns when its tokens are on the host."""
-
-    def run(seed: int) -> float:
-        start = time.perf_counter()
-        draw(seed)
-        return time.perf_counter() - start
-
-    return run
-
-
 def base_contender(policy: Policy, prompts: list[np.ndarray], rows: int) -> Contender:
     """Ours: `rows` rollouts of each prompt."""
     shape = Shape(len(prompts), rows, len(prompts[0]), NEW)
@@ -170,7 +92,7 @@ def base_round(policy: Policy, tunix: Tunix, length: int) -> dict[str, Contender
     return {
         "ours": base_contender(policy, prompts, ROWS),
         "unshared": base_contender(policy, repeated, 1),
-        "tunix": tunix.contender(repeated, NEW),
+        "tunix": tunix.draws(repeated, NEW),
         "transformers": transformers_contender(repeated, NEW),
     }
 
@@ -202,7 +124,7 @@ def reset_round(policy: Policy, tunix: Tunix) -> dict[str, Contender]:
     return {
         "ours": timed(resume),
         "reprefill": timed(prefill_again),
-        "tunix": tunix.contender(rows, RESET_NEW),
+        "tunix": tunix.draws(rows, RESET_NEW),
     }
 
 
@@ -334,17 +256,6 @@ class Phases:
         return (time.perf_counter() - start) / tokens
 
 
-def take_turns(contenders: dict[str, Contender], repeats: int) -> dict[str, float]:
-    """Median seconds of each; a first round, which compiles, is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(repeats + 1):
-        for name, run in contenders.items():
-            taken = run(turn)
-            if turn:
-                seconds[name].append(taken)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def base_part(repeats: int) -> dict[str, float]:
     policy, tunix, ratios = new_policy(), Tunix(), {}
     for length in (64, LONG):
@@ -423,40 +334,5 @@ Written by `python benchmarks/sampling.py --table FILE`, which says what each co
 """
 
 
-def table(ratios: dict[str, float], repeats: int) -> str:
-    """The ratios in Markdown, with what they were measured on."""
-    packages = ("jax", "flax", "transformers", "torch")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    lines = [
-        "| measured | value |",
-        "|---|--:|",
-        *(f"| `{name}` | {value:.2f} |" for name, value in ratios.items()),
-        "",
-        f"Medians of {repeats} interleaved turns; {platform.processor() or platform.machine()}, "
-        f"{os.cpu_count()} cores, Python {platform.python_version()}, {versions}, {TUNIX}.",
-    ]
-    return HEADER + "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="add the ratios to this file")
-    parser.add_argument("--table", type=Path, help="write the table there, as Markdown")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    args = parser.parse_args()
-    if "GLIBC_TUNABLES" not in os.environ:  # large memory pages, for every contender
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | LARGE_PAGES)
-    ratios = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    for part in args.only:
-        ratios |= PARTS[part](args.repeats)
-        if args.json:
-            args.json.write_text(json.dumps(ratios, indent=1) + "\n")
-    text = table(ratios, args.repeats)
-    print(text)
-    if args.table:
-        args.table.write_text(text)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, HEADER, PARTS, ("jax", "flax", "transformers", "torch"))

@@ -1,7 +1,7 @@
-"""Draws with google-tunix's sampler, in its own virtual environment; driven by `sampling.py`.
+"""google-tunix's sampler and its GRPO train step, in a virtual environment of their own.
 
-Reads one JSON object a line, a case, and answers with one: the seconds of one call. The first call of
-a case compiles.
+Driven by `common.Tunix`: reads one JSON object a line, a case, and answers with one: the seconds of one
+call. The first call of a case compiles.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ from importlib.metadata import version
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 from tunix.generate.sampler import CacheConfig, Sampler
 from tunix.models.qwen2.model import ModelConfig, Qwen2
+from tunix.rl.algo_core import grpo_loss_fn
+from tunix.rl.common import TrainExample
+from tunix.rl.grpo.grpo_learner import GRPOConfig
+from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
 
 
 class Ids:
@@ -67,7 +72,7 @@ def sampler(cache_size, **sizes):
     return Sampler(network, Ids(), cache)
 
 
-def run(prompts, new, seed, sizes):
+def draw(prompts, new, seed, sizes):
     """Seconds to draw `new` tokens after each of `prompts`, none of which ends before."""
     longest = max(map(len, prompts))
     drawer = sampler(longest + new, **sizes)
@@ -87,6 +92,44 @@ def run(prompts, new, seed, sizes):
     return seconds
 
 
+@functools.cache
+def train_step(**sizes):
+    """GRPO's step as the trainer runs it, without a KL term."""
+    _, network = model(**sizes)
+    trainer = PeftTrainer(network, optax.adamw(1e-6), TrainingConfig(eval_every_n_steps=10**9))
+    grpo = GRPOConfig(num_generations=8, beta=0.0)
+    grpo.temperature = 1.0  # which the learner copies from the rollouts' settings
+
+    def loss(network, train_example):
+        return grpo_loss_fn(network, train_example, grpo, pad_id=0, eos_id=-1)
+
+    trainer.with_loss_fn(loss, has_aux=True)
+    trainer.with_gen_model_input_fn(lambda example: {"train_example": example})
+    return trainer.jit_train_and_eval_step(cache_nnx_graph=True)[0]
+
+
+def update(prompts, completions, seed, sizes):
+    """Seconds of a train step on rows of equal lengths."""
+    step = train_step(**sizes)
+    prompts, completions = np.asarray(prompts, np.int32), np.asarray(completions, np.int32)
+    rng = np.random.default_rng(seed)
+    example = TrainExample(
+        prompt_ids=prompts,
+        prompt_mask=np.ones_like(prompts),
+        completion_ids=completions,
+        completion_mask=np.ones_like(completions),
+        advantages=rng.normal(size=len(prompts)).astype(np.float32),
+        ref_per_token_logps=None,
+        old_per_token_logps=None,
+    )
+    start = time.perf_counter()
+    jax.block_until_ready(step(example))
+    return time.perf_counter() - start
+
+
+CASES = {"draw": draw, "update": update}
+
+
 def main():
     """Answers cases until the input ends."""
     logging.disable(logging.WARNING)
@@ -98,7 +141,8 @@ def main():
         flush=True,
     )
     for line in sys.stdin:
-        print(json.dumps(run(**json.loads(line))), file=answers, flush=True)
+        case = json.loads(line)
+        print(json.dumps(CASES[case.pop("kind")](**case)), file=answers, flush=True)
 
 
 if __name__ == "__main__":
