@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from jaxreset.errors import ConfigError
-from jaxreset.losses import Aggregation, Scale
+from jaxreset.losses import Aggregation, KLEstimator, Scale
 from jaxreset.objectives import Method, Objective, ObjectiveName, make_objective
 from jaxreset.resets import RuleName
 
@@ -166,6 +166,21 @@ class Loss(Section):
     clip: PositiveFloat | tuple[PositiveFloat, PositiveFloat] | None = None
     dual_clip: float | None = Field(None, gt=1)
     advantage_scale: Scale | None = None
+    ratio_to: Literal["sampler", "trainer"] = Field(
+        "sampler", description="whose log-probabilities the clipped ratio is taken to"
+    )
+    importance_cap: PositiveFloat | None = Field(
+        None, description="weigh tokens by trainer / sampler probability, at most this"
+    )
+    kl: NonNegativeFloat = Field(0.0, description="pull towards the policy training started from")
+    kl_estimator: KLEstimator = "k3"
+    entropy_bonus: NonNegativeFloat = 0.0
+    overlong: Literal["keep", "mask"] = Field(
+        "keep", description="responses cut at a limit: mask gives them no advantage"
+    )
+    overlong_penalty: NonNegativeFloat = Field(
+        0.0, description="taken off their reward before advantages are computed"
+    )
 
 
 class Optimizer(Section):
@@ -186,6 +201,7 @@ class Train(Section):
     steps: NonNegativeInt = 30
     prompts_per_step: PositiveInt = 32
     minibatch_prompts: PositiveInt | None = Field(None, description="null: one minibatch a step")
+    epochs: PositiveInt = Field(1, description="passes over a step's minibatches")
     microbatch_tokens: PositiveInt = Field(
         8192, description="token slots in one forward pass; one group always fits"
     )
@@ -290,6 +306,13 @@ class Config(Section):
             )
         if self.loss.dual_clip is not None and self.loss.clip is None:
             raise ValueError(f"loss.dual_clip={self.loss.dual_clip} needs loss.clip")
+        if self.train.epochs > 1 and self.loss.clip is None:
+            raise ValueError(
+                f"train.epochs={self.train.epochs} needs loss.clip, such as 0.2: after the first pass "
+                "the policy is another than the one that sampled"
+            )
+        if self.loss.ratio_to == "trainer" and self.loss.clip is None:
+            raise ValueError("loss.ratio_to=trainer needs loss.clip: without it there is no ratio")
         return self
 
     @property

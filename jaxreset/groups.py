@@ -24,6 +24,7 @@ class Group:
       normalized_with: groups of one prompt with equal numbers are normalised together; they coincide
         with the groups except where two rounds from one prompt count as one group.
       reset_step: the step before which the prefix ends (1-based), None for a group from the prompt.
+      cut: [K] bool, whether a response reached a limit before its answer.
       advantages: [K], from `set_advantages`.
     """
 
@@ -34,6 +35,7 @@ class Group:
     rewards: np.ndarray
     normalized_with: int = 0
     reset_step: int | None = None
+    cut: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     advantages: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @property
@@ -50,13 +52,22 @@ class Group:
 _advantages = jax.jit(group_advantages, static_argnames="scale")
 
 
-def set_advantages(groups: Sequence[Group], *, scale: Scale, size: tuple[int, int]) -> None:
+def set_advantages(
+    groups: Sequence[Group],
+    *,
+    scale: Scale,
+    size: tuple[int, int],
+    cut_penalty: float = 0.0,
+    mask_cut: bool = False,
+) -> None:
     """Fills `advantages` of all groups, normalising inside each (prompt, normalized_with).
 
     Args:
       groups: in any order.
       scale: see `losses.group_advantages`.
       size: (most sets normalised apart, most rollouts in one), fixed so that it compiles once.
+      cut_penalty: taken off the rewards of cut responses first (as in DAPO, arXiv 2503.14476).
+      mask_cut: cut responses get no advantage, though the others' are normalised with theirs.
 
     A reward that isn't finite makes the advantages of its set NaN, which an update then skips.
 
@@ -71,10 +82,16 @@ def set_advantages(groups: Sequence[Group], *, scale: Scale, size: tuple[int, in
     if len(members) > size[0] or widest > size[1]:
         raise ValueError(f"{len(members)} sets of up to {widest} rollouts exceed size={size}")
     for row, together in enumerate(members.values()):
-        joined = np.concatenate([g.rewards for g in together])
+        joined = np.concatenate([_penalized(g, cut_penalty) for g in together])
         rewards[row, : len(joined)], where[row, : len(joined)] = joined, True
     advantages = np.asarray(_advantages(rewards, where=where, scale=scale))
     for row, together in enumerate(members.values()):
         ends = np.cumsum([len(g.rewards) for g in together])
         for group, end in zip(together, ends, strict=True):
             group.advantages = advantages[row, end - len(group.rewards) : end]
+            if mask_cut:
+                group.advantages = np.where(group.cut, 0, group.advantages)
+
+
+def _penalized(group: Group, penalty: float) -> np.ndarray:
+    return group.rewards - penalty * group.cut if penalty else group.rewards

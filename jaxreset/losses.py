@@ -23,6 +23,7 @@ Metrics = Mapping[str, Array]
 Scale = Literal["std", "sample_std", "none"]
 Aggregation = Literal["sequence", "token", "constant"]
 Clip = float | tuple[float, float]
+KLEstimator = Literal["k1", "k2", "k3"]
 
 MOST_LOGITS = 2**25  # that `token_logps` computes at once
 
@@ -166,6 +167,8 @@ def policy_loss(
     behavior_logps: Array | None = None,
     clip: Clip | None = None,
     dual_clip: float | None = None,
+    token_weights: Array | None = None,
+    penalties: Array | None = None,
     aggregation: Aggregation = "sequence",
     normalizer: Array | float | None = None,
 ) -> tuple[Array, Metrics]:
@@ -179,9 +182,14 @@ def policy_loss(
       logps: `[..., T]` log-probabilities under the policy being trained.
       advantages: `[...]` one for each row.
       mask: `[..., T]` True on the tokens that carry the loss: the suffix, not the shared prefix.
-      behavior_logps: `[..., T]` log-probabilities when sampled; needed with `clip`.
+      behavior_logps: `[..., T]` log-probabilities when sampled, or what else the ratio is taken to (the
+        trainer's before its first update); needed with `clip`.
       clip: None, one width for both sides, or `(low, high)`.
       dual_clip: None, or a bound above 1; needs `clip`.
+      token_weights: `[..., T]` that each token's loss is multiplied by, such as `importance_weights`; they
+        get no gradient.
+      penalties: `[..., T]` that are added to each token's loss, such as `kl_penalty` times a coefficient,
+        or an entropy times a negative one.
       aggregation: `"sequence"`: mean over a row's tokens, then over rows. `"token"`: mean over all
         tokens. `"constant"`: sum over all tokens, divided by `normalizer`, a fixed budget.
       normalizer: what the sum is divided by; None counts it here (rows for `"sequence"`, tokens for
@@ -230,6 +238,10 @@ def policy_loss(
             bounded = jnp.minimum(losses, -advantage * dual_clip)
             losses = jnp.where(advantage < 0, bounded, losses)
 
+    if token_weights is not None:
+        losses = losses * jax.lax.stop_gradient(jnp.where(mask, token_weights, 0))
+    if penalties is not None:
+        losses = losses + jnp.where(mask, penalties, 0)
     losses = jnp.where(mask, losses, 0)
     if aggregation == "sequence":
         total = (losses.sum(-1) / jnp.maximum(counts, 1)).sum()
@@ -237,6 +249,46 @@ def policy_loss(
     else:
         total, default = losses.sum(), jnp.maximum(tokens, 1)
     return total / (default if normalizer is None else normalizer), metrics
+
+
+def importance_weights(trainer_logps: Array, behavior_logps: Array, *, cap: float) -> Array:
+    """min(pi_trainer / pi_behavior, cap) of each token, `[..., T]`, without a gradient.
+
+    Corrects a gradient for a sampler that computes its log-probabilities otherwise than the trainer, or
+    has older weights; truncated as in IMPALA (arXiv 1802.01561).
+    """
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(trainer_logps - behavior_logps), cap))
+
+
+def kl_penalty(logps: Array, reference_logps: Array, *, estimator: KLEstimator = "k3") -> Array:
+    """An estimate of KL(policy || reference) from each token that the policy drew.
+
+    With r = pi_reference / pi_policy: k1 = -log r, k2 = (log r)^2 / 2, k3 = r - 1 - log r (Schulman,
+    "Approximating KL divergence", 2020). They differ in value: k1 and k3 are unbiased, and k3 is never
+    negative. The gradient is k2's for each, because for tokens that the policy drew itself only that one
+    is, in expectation, the gradient of the divergence.
+
+    Args:
+      logps, reference_logps: `[..., T]`.
+      estimator: "k1", "k2" or "k3".
+
+    Returns:
+      `[..., T]`.
+
+    Raises:
+      ValueError: `estimator` is none of the three.
+    """
+    log_ratio = jax.lax.stop_gradient(reference_logps) - logps
+    k2 = jnp.square(log_ratio) / 2
+    if estimator == "k1":
+        value = -log_ratio
+    elif estimator == "k2":
+        value = k2
+    elif estimator == "k3":
+        value = jnp.expm1(log_ratio) - log_ratio
+    else:
+        raise ValueError(f"estimator must be 'k1', 'k2' or 'k3', got {estimator!r}")
+    return k2 + jax.lax.stop_gradient(value - k2)
 
 
 def _masked_mean(values: Array, mask: Array) -> Array:

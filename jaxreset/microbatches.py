@@ -36,6 +36,8 @@ class GroupBatch(NamedTuple):
       lengths: [N, C] int32, tokens of the suffixes; 0: no suffix.
       advantages: [N, C] float32.
       behavior_logps: [N, C, S] float32.
+      old_logps, reference_logps: the same of the trainer's policy before the step's first update and of the
+        policy that training started from, where the loss needs them.
     """
 
     prefix: Leaf
@@ -46,6 +48,8 @@ class GroupBatch(NamedTuple):
     lengths: Leaf
     advantages: Leaf
     behavior_logps: Leaf
+    old_logps: Leaf | None = None
+    reference_logps: Leaf | None = None
 
     @property
     def slots(self) -> int:

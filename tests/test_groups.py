@@ -126,3 +126,17 @@ def test_a_reward_that_is_not_finite_spoils_its_own_set_only(bad):
 def test_more_than_the_compiled_size_is_refused(groups, message):
     with pytest.raises(ValueError, match=message):
         set_advantages(groups, scale="std", size=SIZE)
+
+
+def test_cut_responses_can_lose_reward_or_their_advantage():
+    def one():
+        made = group([1.0, 1.0, 0.0, 0.0])
+        made.cut = np.array([True, False, False, True])
+        return made
+
+    penalized, masked = one(), one()
+    set_advantages([penalized], scale="none", size=SIZE, cut_penalty=0.5)
+    np.testing.assert_allclose(penalized.advantages, [0.25, 0.75, -0.25, -0.75])
+    np.testing.assert_allclose(penalized.rewards, [1, 1, 0, 0])  # which are reported
+    set_advantages([masked], scale="none", size=SIZE, mask_cut=True)
+    np.testing.assert_allclose(masked.advantages, [0, 0.5, -0.5, 0])

@@ -166,6 +166,67 @@ def test_refused_options(options, message):
         losses.policy_loss(jnp.zeros((2, 3)), jnp.zeros(2), jnp.ones((2, 3), bool), **options)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_penalty_has_in_expectation_the_divergence_and_its_gradient(estimator):
+    """Over all tokens, each weighed by the policy's probability, as if it had drawn them."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        logits, other = jnp.asarray(rng.normal(size=(2, 4, 7)))
+        reference = jax.nn.log_softmax(other)
+
+        def divergence(logits):
+            logps = jax.nn.log_softmax(logits)
+            return (jnp.exp(logps) * (logps - reference)).sum()
+
+        drawn = jax.nn.softmax(logits)
+
+        def estimated(logits):
+            penalty = losses.kl_penalty(jax.nn.log_softmax(logits), reference, estimator=estimator)
+            return (drawn * penalty).sum()
+
+        np.testing.assert_allclose(
+            jax.grad(estimated)(logits), jax.grad(divergence)(logits), atol=1e-12
+        )
+        if estimator != "k2":
+            np.testing.assert_allclose(estimated(logits), divergence(logits), atol=1e-12)
+        if estimator != "k1":
+            assert losses.kl_penalty(logits, reference, estimator=estimator).min() >= 0
+
+
+def test_importance_weights_are_capped_ratios_without_a_gradient():
+    trainer, behavior = jnp.log(jnp.array([[0.5, 0.9], [0.1, 0.2]])), jnp.log(jnp.full((2, 2), 0.3))
+    weights = losses.importance_weights(trainer, behavior, cap=2.0)
+    np.testing.assert_allclose(weights, [[5 / 3, 2.0], [1 / 3, 2 / 3]], rtol=1e-6)
+    slope = jax.grad(lambda x: losses.importance_weights(x, behavior, cap=2.0).sum())(trainer)
+    assert not slope.any()
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_weights_and_penalties_are_per_token_and_padding_is_inert(aggregation):
+    rng = np.random.default_rng(0)
+    logps, weights, penalties = rng.normal(size=(3, 2, 4)).astype(np.float32)
+    advantages, mask = np.array([1.0, -2.0], np.float32), np.arange(4) < [[3], [2]]
+    junk = [np.where(mask, x, np.nan) for x in (logps, weights, penalties)]
+    loss, _ = losses.policy_loss(
+        junk[0],
+        advantages,
+        mask,
+        token_weights=junk[1],
+        penalties=junk[2],
+        aggregation=aggregation,
+    )
+    per_token = np.where(mask, -advantages[:, None] * logps * weights + penalties, 0)
+    counts = mask.sum(1)
+    rows = (per_token.sum(1) / counts).mean()
+    expected = rows if aggregation == "sequence" else per_token.sum() / counts.sum()
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def test_unknown_estimator_is_refused():
+    with pytest.raises(ValueError, match="estimator must be 'k1', 'k2' or 'k3', got 'k4'"):
+        losses.kl_penalty(jnp.zeros(2), jnp.zeros(2), estimator="k4")
+
+
 def test_unknown_scale_is_refused():
     with pytest.raises(ValueError, match="scale must be"):
         losses.group_advantages(jnp.zeros(4), scale="max")

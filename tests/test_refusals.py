@@ -157,6 +157,8 @@ REFUSED = [
         "train.prompts_per_step=32 mesh.data=3",
         "train.prompts_per_step 32 is not divisible by mesh.data 3 × mesh.fsdp 1 = 3 shards",
     ),
+    chain("train.epochs=2", "train.epochs=2 needs loss.clip, such as 0.2"),
+    chain("loss.ratio_to=trainer", "loss.ratio_to=trainer needs loss.clip"),
     chain("mesh.data=4 eval.batch=30", "eval.batch 30 is not divisible by mesh.data 4"),
     chain(
         "mesh.tensor=3",

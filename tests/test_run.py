@@ -208,6 +208,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(unstopped, tmp_path):
     assert_same_end(resumed, unstopped)
 
 
+def test_a_stopped_run_is_pulled_towards_the_policy_that_it_started_from(tmp_path):
+    """Of which no checkpoint is left: the warm start is done again."""
+    options = "objective=grpo", "loss.kl=10", "train.min_signal_groups=0", "checkpoint.keep=1"
+    whole = train(tiny(tmp_path / "whole", *options))
+    train(tiny(tmp_path / "stopped", *options, "train.steps=2"))
+    assert_same_end(train(tiny(tmp_path / "stopped", *options)), whole)
+
+
 def test_a_killed_run_starts_again_at_its_checkpoint(unstopped, tmp_path, monkeypatch):
     save = Checkpoints.save
 
@@ -248,6 +256,20 @@ OBJECTIVES = {
         "reset.when=any_failure",
         "reset.localizer.mode=inline",
         "reset.localizer.max_question_tokens=4",
+    ],
+    "rrpo-regularized": [
+        "objective=rrpo",
+        *[
+            "loss.clip=0.2",
+            "loss.ratio_to=trainer",
+            "loss.importance_cap=2",
+            "loss.kl=0.1",
+            "loss.entropy_bonus=0.01",
+            "loss.overlong=mask",
+            "loss.overlong_penalty=0.5",
+            "train.epochs=2",
+            "train.minibatch_prompts=2",
+        ],
     ],
     "srpo-scored-not-held": [
         "objective=srpo",

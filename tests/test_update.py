@@ -252,15 +252,18 @@ def test_padding_holds_anything(policy64):
 OPTIMIZER = make_optimizer(Optimizer(learning_rate=1e-2), steps=10)
 
 
-def new_learner(policy, *, shape=SMALL, form=SEQUENCE, mesh=None, on_nonfinite=print, **train):
+def new_learner(
+    policy, *, shape=SMALL, form=SEQUENCE, mesh=None, on_nonfinite=print, reference=None, **train
+):
     """A learner with its own copy of the policy, which updates overwrite; placed as a new one."""
     train = {"prompts_per_step": 12, "min_signal_groups": 0} | train
-    config = parse_config({"objective": "grpo", "train": train, "sampling": {"temperature": 0.7}})
+    values = {"objective": "grpo", "train": train, "sampling": {"temperature": 0.7}}
+    config = parse_config(values | {"loss": {"clip": form.clip}})
     params, rows = jax.tree.map(lambda p: jnp.asarray(np.array(p)), policy.params), None
     if mesh is not None:
         params, rows = jax.device_put(params, param_shardings(mesh, params)), rows_sharding(mesh)
     policy = policy.with_params(params, 0)
-    return Learner(config, policy, OPTIMIZER, form, [shape], rows, on_nonfinite)
+    return Learner(config, policy, OPTIMIZER, form, [shape], rows, on_nonfinite, reference)
 
 
 class Run(NamedTuple):
@@ -385,6 +388,63 @@ def test_minibatches_are_consecutive_prompts(policy64):
         apart.learn(part[::-1], prompts=6)
     assert metrics["optimizer_steps"] == together.policy.version == 2
     assert_close(together.state.params, apart.state.params, 1e-12)
+
+
+REGULARIZED = LossForm(
+    "token", clip=0.2, recompute=True, importance_cap=1.5, kl=0.3, entropy_bonus=0.2
+)
+
+
+def test_regularized_gradient_is_that_of_plain_sequences(policies):
+    """Weights, divergence and entropy by their formulas, each row a sequence of its own."""
+    policy = policies["float64"]
+    groups = random_groups(6, silent=(1,))
+    rows = [(g, k) for g in groups for k in range(len(g.suffixes))]
+    tokens = np.zeros((len(rows), PREFIX + SUFFIX), np.int32)
+    behavior, scored = np.zeros(tokens.shape), np.zeros(tokens.shape, bool)
+    for i, (g, k) in enumerate(rows):
+        held, end = len(g.prefix), len(g.prefix) + len(g.suffixes[k])
+        tokens[i, :end] = [*g.prefix, *g.suffixes[k]]
+        behavior[i, held:end], scored[i, held:end] = g.behavior_logps[k], True
+    behavior, scored = behavior[:, 1:], scored[:, 1:]
+    advantages = np.array([g.advantages[k] for g, k in rows], np.float32)[:, None]
+
+    @jax.jit
+    def score(params):
+        logits = nnx.merge(policy.graph, params).logits(tokens)[:, :-1] / TEMPERATURE
+        logps = jax.nn.log_softmax(logits)
+        entropy = -(jnp.exp(logps) * logps).sum(-1)
+        return jnp.take_along_axis(logps, tokens[:, 1:, None], axis=-1)[..., 0], entropy
+
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        reference = jax.tree.map(lambda p: p + 0.02 * rng.normal(size=p.shape), policy.params)
+        (old, _), (near, _) = score(policy.params), score(reference)
+        weights = np.minimum(np.exp(old - behavior), 1.5)
+
+        def loss(params):
+            logps, entropy = score(params)
+            ratio = jnp.exp(logps - old)  # at 1, where clipping changes nothing
+            per_token = -advantages * ratio * weights + 0.3 * (logps - near) ** 2 / 2
+            return jnp.where(scored, per_token - 0.2 * entropy, 0).sum()
+
+        expected = jax.grad(loss)(policy.params)
+        learner = new_learner(policy, form=REGULARIZED, reference=reference, min_signal_groups=100)
+        metrics = learner.learn(groups, prompts=6)
+        assert_close(learner.state.gradients, expected, 1e-7)  # packed in float32
+        assert metrics["groups/with_signal"] == learner.progress.signal_groups == 5
+        assert metrics["update/tokens_saved"] == 0  # the silent group has a divergence too
+
+
+def test_epochs_are_passes_over_the_minibatches(policy64):
+    groups = random_groups(8)
+    form = LossForm(clip=0.2)
+    twice, by_hand = new_learner(policy64, form=form, epochs=2), new_learner(policy64, form=form)
+    metrics = twice.learn(groups, prompts=8)
+    for _ in range(2):
+        by_hand.learn(groups, prompts=8)
+    assert metrics["optimizer_steps"] == twice.policy.version == 2
+    assert_close(twice.state.params, by_hand.state.params, 1e-12)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(policy64):

@@ -23,6 +23,7 @@ from jaxreset.tasks.base import Task
 from jaxreset.tasks.pipeline import Prompt
 
 FAILED_BELOW = 0.5  # a score under it is a failure
+CUT = StopReason.BUDGET, StopReason.LENGTH, StopReason.STEPS  # a response that a limit ended
 
 
 class Rounds(Protocol):
@@ -354,8 +355,7 @@ class _Step:
         self.totals["tokens_sampled"] += int(round_.lengths.sum())
         self.totals["verifier/timeouts"] += len(scores.timeouts)
         self.lane_steps += round_.lane_steps
-        cut = (StopReason.BUDGET, StopReason.LENGTH, StopReason.STEPS)
-        self.values["response/cut"] += np.isin(round_.reasons, cut).ravel().tolist()
+        self.values["response/cut"] += np.isin(round_.reasons, CUT).ravel().tolist()
         self.values["response/drawn_tokens"] += round_.lengths.ravel().tolist()
         rollouts = [
             _Rollout(round_, g, r, first_rows[g] + r, text, float(reward))
@@ -377,6 +377,7 @@ class _Step:
                 for r in rollouts
             ],
             rewards=np.array([r.reward for r in rollouts]),
+            cut=np.array([r.round.reasons[r.group, r.row] in CUT for r in rollouts]),
             normalized_with=normalized_with,
             reset_step=None if reset is None else reset.step,
         )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
+from flax import nnx
 
 from jaxreset.config import Config
 from jaxreset.errors import RunError
@@ -23,8 +24,17 @@ from jaxreset.training.update import (
     init_state,
     layout_of,
     measure,
+    score,
     start_anew,
 )
+
+
+class Minibatch(NamedTuple):
+    """Groups that run, their microbatches, and what the loss of the whole minibatch is divided by."""
+
+    groups: list[Group]
+    batches: list[GroupBatch]
+    normalizer: float
 
 
 class Ran(NamedTuple):
@@ -46,6 +56,7 @@ class Learner:
       shapes: of microbatches, see `microbatches.pack_shapes`.
       sharding: of microbatches over the mesh, None for one device.
       on_nonfinite: told of the step and the groups whose gradient, or reward, was not finite.
+      reference: parameters that `form.kl` keeps the policy near to; only read.
     """
 
     def __init__(
@@ -57,6 +68,7 @@ class Learner:
         shapes: Sequence[PackShape],
         sharding: jax.sharding.Sharding | None = None,
         on_nonfinite: Callable[[int, list[Group]], None] = lambda step, groups: None,
+        reference: nnx.State | None = None,
     ):
         self.config, self.optimizer, self.form = config, optimizer, form
         self.shapes, self.sharding = shapes, sharding
@@ -66,7 +78,7 @@ class Learner:
         self._gradient_layout = layout_of(self.state.gradients)
         self.progress = Progress(seed=config.seed)
         self._policy = policy
-        self._on_nonfinite = on_nonfinite
+        self._on_nonfinite, self._reference = on_nonfinite, reference
         self._pending: list[Group] = []  # behind the gradients summed so far
 
     @property
@@ -79,7 +91,8 @@ class Learner:
         static = {"graph": self._policy.graph, "remat": self.config.train.remat}
         params, gradients = self.state.params, self.state.gradients
         for shape in self.shapes:
-            batch = self._put(empty_batch(shape))
+            plain = self._put(empty_batch(shape))
+            batch = self._completed(plain)
             accumulate.lower(
                 gradients,
                 params,
@@ -89,7 +102,7 @@ class Learner:
                 layout=self._gradient_layout,
                 **static,
             ).compile()
-        measure.lower(params, batch, self.temperature, **static).compile()  # the smallest
+        measure.lower(params, plain, self.temperature, **static).compile()  # the smallest
         apply.lower(
             self.state, np.float32(1), optimizer=self.optimizer, layout=self._layout
         ).compile()
@@ -107,12 +120,15 @@ class Learner:
         """
         metrics = self._measure(groups)
         size = self.config.minibatch_prompts
+        minibatches = [
+            self._prepare([g for g in groups if first <= g.prompt < first + size])
+            for first in range(0, prompts, size)
+        ]
         normalizer = steps = skipped = 0.0
         norms, ran = [], []
-        for first in range(0, prompts, size):
-            minibatch = [g for g in groups if first <= g.prompt < first + size]
+        for minibatch in minibatches * self.config.train.epochs:
             ran.append(self._accumulate(minibatch))
-            normalizer += self._normalizer(minibatch)
+            normalizer += minibatch.normalizer
             least = self.config.train.min_signal_groups or 0
             if self.progress.signal_groups < least or self.progress.normalizer == 0:
                 continue
@@ -121,7 +137,8 @@ class Learner:
             skipped += not np.isfinite(norms[-1])
         signal = sum(g.has_signal for g in groups)
         tokens, slots = sum(r.tokens for r in ran), sum(r.slots for r in ran)
-        saved = sum(len(g.prefix) + g.tokens for g in groups if not g.has_signal)
+        ran_groups = {id(g) for minibatch in minibatches for g in minibatch.groups}
+        saved = sum(len(g.prefix) + g.tokens for g in groups if id(g) not in ran_groups)
         return metrics | {
             "loss": sum(r.loss for r in ran) / max(normalizer, 1.0),
             "grad_norm": float(np.mean(norms)) if norms else 0.0,
@@ -135,16 +152,37 @@ class Learner:
             "update/padding_share": 1 - tokens / slots if slots else 0.0,
         }
 
-    def _accumulate(self, groups: Sequence[Group]) -> Ran:
-        """Adds the gradient of groups that have one; the others only count in the denominator."""
-        live = [g for g in groups if g.has_signal]
-        batches = pack(live, self.shapes)
-        total = self._sum_gradients(batches)
-        self._pending += live
+    def _prepare(self, groups: Sequence[Group]) -> Minibatch:
+        """The groups that have a gradient, packed; the others only count in the denominator."""
+        runs = [g for g in groups if g.has_signal or self.form.regularized]
+        batches = [self._completed(batch) for batch in pack(runs, self.shapes)]
+        return Minibatch(runs, batches, self._normalizer(groups))
+
+    def _completed(self, batch: GroupBatch) -> GroupBatch:
+        """With the log-probabilities that the loss needs besides the sampler's."""
+        needed: dict[str, nnx.State | None] = {}
+        if self.form.recompute:
+            needed["old_logps"] = self.state.params
+        if self.form.kl:
+            needed["reference_logps"] = self._reference
+        placed = self._put(batch) if needed else batch
+        static = {"graph": self._policy.graph, "remat": self.config.train.remat}
+        scored = {
+            name: score(params, placed, self.temperature, **static)
+            for name, params in needed.items()
+        }
+        return batch._replace(**scored)
+
+    def _accumulate(self, minibatch: Minibatch) -> Ran:
+        """Adds a minibatch's gradient to the state's."""
+        total = self._sum_gradients(minibatch.batches)
+        self._pending += minibatch.groups
+        signal = sum(g.has_signal for g in minibatch.groups)
         self.progress = self.progress._replace(
-            signal_groups=self.progress.signal_groups + len(live),
-            normalizer=self.progress.normalizer + self._normalizer(groups),
+            signal_groups=self.progress.signal_groups + signal,
+            normalizer=self.progress.normalizer + minibatch.normalizer,
         )
+        batches = minibatch.batches
         return Ran(total, sum(b.tokens for b in batches), sum(b.slots for b in batches))
 
     def _sum_gradients(self, batches: Sequence[GroupBatch]) -> float:
@@ -201,7 +239,8 @@ class Learner:
         if odd:
             return odd
         for group in self._pending:
-            self._sum_gradients(pack([group], self.shapes[-1:]))
+            alone = [self._completed(batch) for batch in pack([group], self.shapes[-1:])]
+            self._sum_gradients(alone)
             finite, zeros = start_anew(self.state.gradients, layout=self._gradient_layout)
             self.state = self.state._replace(gradients=zeros)
             if not finite:

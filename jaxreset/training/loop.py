@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxreset.config import Config
@@ -81,7 +82,9 @@ def _prepare(
     """The learner at the step where the run goes on, with everything compiled."""
     config, policy = experiment.config, experiment.policy
     restoring = checkpoints.any()
-    if config.warm_start.steps and not restoring and isinstance(experiment.task, ChainTask):
+    # A reference policy is the one that training started from, so it is made anew.
+    starting = not restoring or config.loss.kl > 0
+    if config.warm_start.steps and starting and isinstance(experiment.task, ChainTask):
         display.phase("warm start", config.warm_start.steps)
         policy = warm_start(
             policy,
@@ -105,6 +108,7 @@ def _prepare(
         experiment.plan.pack,
         experiment.sharding,
         on_nonfinite,
+        reference=jax.tree.map(jnp.copy, policy.params) if config.loss.kl else None,
     )
     if restoring:
         learner.state, learner.progress = checkpoints.restore(learner.state)
@@ -162,6 +166,8 @@ def _step(experiment: Experiment, learner: Learner, folder: RunFolder, step: int
         collected.groups,
         scale=config.loss.advantage_scale or "std",
         size=experiment.plan.sets,
+        cut_penalty=config.loss.overlong_penalty,
+        mask_cut=config.loss.overlong == "mask",
     )
     metrics = learner.learn(collected.groups, len(prompts))
     learner.progress = learner.progress._replace(

@@ -181,7 +181,6 @@ def _make_experiment(config: Config) -> Experiment:
         None if plan.localize is None else _localizer(config, plan, task, policy, spread),
         draw={"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k},
     )
-    assert config.loss.aggregation is not None  # resolved
     return Experiment(
         config=config,
         objective=objective,
@@ -193,8 +192,23 @@ def _make_experiment(config: Config) -> Experiment:
         stream=PromptStream(train, task, policy.tokenizer, seed=config.seed),
         sampler=sampler,
         collector=collector,
-        form=LossForm(config.loss.aggregation, config.loss.clip, config.loss.dual_clip),
+        form=_loss_form(config),
         sharding=sharding,
+    )
+
+
+def _loss_form(config: Config) -> LossForm:
+    loss = config.loss
+    assert loss.aggregation is not None  # resolved
+    return LossForm(
+        loss.aggregation,
+        loss.clip,
+        loss.dual_clip,
+        recompute=loss.ratio_to == "trainer",
+        importance_cap=loss.importance_cap,
+        kl=loss.kl,
+        kl_estimator=loss.kl_estimator,
+        entropy_bonus=loss.entropy_bonus,
     )
 
 

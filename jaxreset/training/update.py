@@ -16,7 +16,15 @@ import optax
 from flax import nnx
 
 from jaxreset.config import Optimizer
-from jaxreset.losses import Aggregation, policy_loss, token_logps, token_logps_and_entropy
+from jaxreset.losses import (
+    Aggregation,
+    KLEstimator,
+    importance_weights,
+    kl_penalty,
+    policy_loss,
+    token_logps,
+    token_logps_and_entropy,
+)
 from jaxreset.microbatches import GroupBatch
 from jaxreset.models.decoder import Decoder
 
@@ -33,11 +41,30 @@ class TrainState(NamedTuple):
 
 
 class LossForm(NamedTuple):
-    """The static choices of a loss; see `losses.policy_loss`."""
+    """The static choices of a loss; see `losses.policy_loss`.
+
+    Attributes:
+      aggregation, clip, dual_clip: its.
+      recompute: the clipped ratio is to the trainer's own log-probabilities before the step's first update,
+        not to the sampler's.
+      importance_cap: see `losses.importance_weights`; None: no weights.
+      kl, kl_estimator: coefficient of `losses.kl_penalty`.
+      entropy_bonus: coefficient of the entropy.
+    """
 
     aggregation: Aggregation = "sequence"
     clip: float | tuple[float, float] | None = None
     dual_clip: float | None = None
+    recompute: bool = False
+    importance_cap: float | None = None
+    kl: float = 0.0
+    kl_estimator: KLEstimator = "k3"
+    entropy_bonus: float = 0.0
+
+    @property
+    def regularized(self) -> bool:
+        """Whether tokens have a gradient even where the advantage is 0."""
+        return bool(self.kl or self.entropy_bonus)
 
 
 def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
@@ -102,15 +129,6 @@ def batch_hidden(
     return hidden, model.head
 
 
-def batch_logps(
-    params: nnx.State, batch: GroupBatch, temperature: Array, graph: nnx.GraphDef, remat: bool
-) -> tuple[Array, Array]:
-    """Log-probabilities of a microbatch's suffixes, and the mask of tokens that exist: [N, C, S]."""
-    hidden, head = batch_hidden(params, batch, graph, remat)
-    logps = token_logps(hidden, head, batch.targets, temperature=temperature)
-    return by_suffix(logps, batch), exists(batch)
-
-
 def exists(batch: GroupBatch) -> Array:
     """Which tokens of a microbatch's suffixes there are: [N, C, S]."""
     return jnp.arange(batch.cells.shape[-1]) < batch.lengths[..., None]
@@ -141,14 +159,30 @@ def accumulate(
     """
 
     def loss(params: nnx.State) -> Array:
-        logps, mask = batch_logps(params, batch, temperature, graph, remat)
+        hidden, head = batch_hidden(params, batch, graph, remat)
+        scoring = token_logps_and_entropy if form.entropy_bonus else token_logps
+        scored = scoring(hidden, head, batch.targets, temperature=temperature)
+        logps, *entropy = (by_suffix(x, batch) for x in jax.tree.leaves(scored))
+        mask, weights, penalties = exists(batch), None, jnp.zeros_like(logps)
+        old = batch.old_logps if form.recompute else None
+        if form.importance_cap is not None:
+            ours = logps if old is None else old
+            weights = importance_weights(ours, batch.behavior_logps, cap=form.importance_cap)
+        if form.kl:
+            assert batch.reference_logps is not None  # the learner's part
+            reference = jnp.where(mask, batch.reference_logps, 0)
+            penalties += form.kl * kl_penalty(logps, reference, estimator=form.kl_estimator)
+        if form.entropy_bonus:
+            penalties -= form.entropy_bonus * entropy[0]
         return policy_loss(
             logps,
             batch.advantages,
             mask,
-            behavior_logps=batch.behavior_logps,
+            behavior_logps=batch.behavior_logps if old is None else old,
             clip=form.clip,
             dual_clip=form.dual_clip,
+            token_weights=weights,
+            penalties=penalties if form.regularized else None,
             aggregation=form.aggregation,
             normalizer=1.0,
         )[0]
@@ -156,6 +190,15 @@ def accumulate(
     value, gradient = jax.value_and_grad(loss)(params)
     total = jax.tree.map(jnp.add, gradients, gradient)
     return total if layout is None else _laid_out(total, layout), value
+
+
+@partial(jax.jit, static_argnames=("graph", "remat"))
+def score(
+    params: nnx.State, batch: GroupBatch, temperature: Array, *, graph: nnx.GraphDef, remat: bool
+) -> Array:
+    """Log-probabilities of a microbatch's suffixes, `[N, C, S]`; padding holds any of them."""
+    hidden, head = batch_hidden(params, batch, graph, remat)
+    return by_suffix(token_logps(hidden, head, batch.targets, temperature=temperature), batch)
 
 
 class Scored(NamedTuple):
