@@ -38,13 +38,22 @@ TINY = DecoderConfig(
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
-    """Forgets compiled programs between files, before they use up the memory maps of a process.
-
-    Each program takes some; past Linux's default of 65,530 the compiler crashes.
-    """
+    """Forgets compiled programs between files."""
     yield
+    _forget_programs(10_000)
+
+
+@pytest.fixture(autouse=True)
+def not_too_many_programs():
+    """Forgets them in the middle of a file too, where its tests compile very many."""
+    yield
+    _forget_programs(30_000)
+
+
+def _forget_programs(most_maps: int) -> None:
+    """A program takes about 130 memory maps; past Linux's 65,530 in a process the compiler crashes."""
     maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_text().splitlines()) > 10_000:
+    if maps.exists() and maps.read_bytes().count(b"\n") > most_maps:
         jax.clear_caches()
 
 

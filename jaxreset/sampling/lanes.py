@@ -69,9 +69,7 @@ class LaneCache:
         self._batch: Batch | None = None
         self._own: Store | None = None  # of the batch
         self._ended = np.zeros(0, bool)  # lanes of the batch
-        self._spare: dict[
-            tuple[int, int, int], Store
-        ] = {}  # lanes of other sizes, to be used again
+        self._spare: dict[tuple[int, int, int], Store] = {}  # lanes of other sizes
         self._taken: tuple[Batch, Store] | None = None
 
     def enter(self, batch: Batch) -> tuple[Store, Store]:
