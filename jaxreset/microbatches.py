@@ -97,7 +97,7 @@ def pack_shapes(
 
 
 def pack(groups: Sequence[Group], shapes: Sequence[PackShape]) -> list[GroupBatch]:
-    """Lays groups into microbatches: of all bins that hold them, into those that are least in all.
+    """Lays groups into microbatches, of the kind of bin that takes the fewest slots for all of them.
 
     Args:
       groups: of any lengths that a bin holds.
