@@ -45,7 +45,7 @@ def random_prompts(count: int, length: int, seed: int = 0) -> list[np.ndarray]:
 
 
 class Tunix:
-    """google-tunix's sampler in a process and a virtual environment of its own."""
+    """google-tunix's sampler and its GRPO step, in a process and a virtual environment of its own."""
 
     def __init__(self) -> None:
         folder = HERE / ".tunix"

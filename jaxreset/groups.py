@@ -35,7 +35,7 @@ class Group:
     rewards: np.ndarray
     normalized_with: int = 0
     reset_step: int | None = None
-    cut: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    cut: np.ndarray = field(default_factory=lambda: np.zeros(1, bool))  # none: broadcast over K
     advantages: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @property
@@ -82,7 +82,7 @@ def set_advantages(
     if len(members) > size[0] or widest > size[1]:
         raise ValueError(f"{len(members)} sets of up to {widest} rollouts exceed size={size}")
     for row, together in enumerate(members.values()):
-        joined = np.concatenate([_penalized(g, cut_penalty) for g in together])
+        joined = np.concatenate([g.rewards - cut_penalty * g.cut for g in together])
         rewards[row, : len(joined)], where[row, : len(joined)] = joined, True
     advantages = np.asarray(_advantages(rewards, where=where, scale=scale))
     for row, together in enumerate(members.values()):
@@ -91,7 +91,3 @@ def set_advantages(
             group.advantages = advantages[row, end - len(group.rewards) : end]
             if mask_cut:
                 group.advantages = np.where(group.cut, 0, group.advantages)
-
-
-def _penalized(group: Group, penalty: float) -> np.ndarray:
-    return group.rewards - penalty * group.cut if penalty else group.rewards

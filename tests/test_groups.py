@@ -140,3 +140,6 @@ def test_cut_responses_can_lose_reward_or_their_advantage():
     np.testing.assert_allclose(penalized.rewards, [1, 1, 0, 0])  # which are reported
     set_advantages([masked], scale="none", size=SIZE, mask_cut=True)
     np.testing.assert_allclose(masked.advantages, [0, 0.5, -0.5, 0])
+    uncut = group([1.0, 0.0])  # by default
+    set_advantages([uncut], scale="none", size=SIZE, cut_penalty=0.5, mask_cut=True)
+    np.testing.assert_allclose(uncut.advantages, [0.5, -0.5])

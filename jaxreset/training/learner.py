@@ -37,14 +37,6 @@ class Minibatch(NamedTuple):
     normalizer: float
 
 
-class Ran(NamedTuple):
-    """What a minibatch took: its loss, undivided, and tokens and slots of its microbatches."""
-
-    loss: float
-    tokens: int
-    slots: int
-
-
 class Learner:
     """Holds the train state and applies the objective's gradient to it.
 
@@ -125,9 +117,9 @@ class Learner:
             for first in range(0, prompts, size)
         ]
         normalizer = steps = skipped = 0.0
-        norms, ran = [], []
+        loss, norms = 0.0, []
         for minibatch in minibatches * self.config.train.epochs:
-            ran.append(self._accumulate(minibatch))
+            loss += self._accumulate(minibatch)
             normalizer += minibatch.normalizer
             least = self.config.train.min_signal_groups or 0
             if self.progress.signal_groups < least or self.progress.normalizer == 0:
@@ -136,11 +128,11 @@ class Learner:
             steps += bool(np.isfinite(norms[-1]))
             skipped += not np.isfinite(norms[-1])
         signal = sum(g.has_signal for g in groups)
-        tokens, slots = sum(r.tokens for r in ran), sum(r.slots for r in ran)
-        ran_groups = {id(g) for minibatch in minibatches for g in minibatch.groups}
-        saved = sum(len(g.prefix) + g.tokens for g in groups if id(g) not in ran_groups)
+        batches = [batch for minibatch in minibatches for batch in minibatch.batches]
+        tokens, slots = sum(b.tokens for b in batches), sum(b.slots for b in batches)
+        saved = sum(len(g.prefix) + g.tokens for g in groups if not self._runs(g))
         return metrics | {
-            "loss": sum(r.loss for r in ran) / max(normalizer, 1.0),
+            "loss": loss / max(normalizer, 1.0),
             "grad_norm": float(np.mean(norms)) if norms else 0.0,
             "optimizer_steps": steps,
             "skipped_updates": skipped,
@@ -154,9 +146,12 @@ class Learner:
 
     def _prepare(self, groups: Sequence[Group]) -> Minibatch:
         """The groups that have a gradient, packed; the others only count in the denominator."""
-        runs = [g for g in groups if g.has_signal or self.form.regularized]
+        runs = [g for g in groups if self._runs(g)]
         batches = [self._completed(batch) for batch in pack(runs, self.shapes)]
         return Minibatch(runs, batches, self._normalizer(groups))
+
+    def _runs(self, group: Group) -> bool:
+        return group.has_signal or self.form.regularized
 
     def _completed(self, batch: GroupBatch) -> GroupBatch:
         """With the log-probabilities that the loss needs besides the sampler's."""
@@ -173,8 +168,8 @@ class Learner:
         }
         return batch._replace(**scored)
 
-    def _accumulate(self, minibatch: Minibatch) -> Ran:
-        """Adds a minibatch's gradient to the state's."""
+    def _accumulate(self, minibatch: Minibatch) -> float:
+        """Adds a minibatch's gradient to the state's; returns its loss, undivided."""
         total = self._sum_gradients(minibatch.batches)
         self._pending += minibatch.groups
         signal = sum(g.has_signal for g in minibatch.groups)
@@ -182,8 +177,7 @@ class Learner:
             signal_groups=self.progress.signal_groups + signal,
             normalizer=self.progress.normalizer + minibatch.normalizer,
         )
-        batches = minibatch.batches
-        return Ran(total, sum(b.tokens for b in batches), sum(b.slots for b in batches))
+        return total
 
     def _sum_gradients(self, batches: Sequence[GroupBatch]) -> float:
         """Adds their gradients to the state's; returns the loss, undivided."""
