@@ -92,7 +92,7 @@ class Steps:
     def shared(self, gradients: Any, batch: GroupBatch) -> Any:
         """Arguments of `accumulate`."""
         static = {"graph": self.graph, "form": LossForm(), "remat": self.remat}
-        return accumulate, (gradients, self.state.params, batch, ONE), static
+        return accumulate, (gradients, self.state.params, nnx.State({}), batch, ONE), static
 
     def unshared(self, gradients: Any, rows: tuple[np.ndarray, np.ndarray]) -> Any:
         static = {"graph": self.graph, "remat": self.remat}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from jaxreset.config import load_config
+    from jaxreset.config_file import load_config
     from jaxreset.models.policy import Policy, load_policy
     from jaxreset.sampling import Sampler, StopRules, Stream
     from jaxreset.training.loop import train
@@ -24,7 +24,7 @@ _HOMES = {
     "Sampler": "jaxreset.sampling",
     "StopRules": "jaxreset.sampling",
     "Stream": "jaxreset.sampling",
-    "load_config": "jaxreset.config",
+    "load_config": "jaxreset.config_file",
     "load_policy": "jaxreset.models.policy",
     "train": "jaxreset.training.loop",
 }

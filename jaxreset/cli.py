@@ -35,7 +35,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a policy; the same command goes on where a stopped run was."""
-    from jaxreset.config import load_config
+    from jaxreset.config_file import load_config
     from jaxreset.reporting.display import Display
 
     settings = load_config(config, overrides or [])
@@ -57,7 +57,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Accuracy on held-out problems: of the run's latest checkpoint, or of model.path without a run."""
-    from jaxreset.config import load_config
+    from jaxreset.config_file import load_config
     from jaxreset.training.loop import evaluate_run
 
     settings = load_config(config, overrides or [])
@@ -77,14 +77,17 @@ def export(
     config: ConfigPath,
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     overrides: Overrides = None,
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="Write the LoRA adapters alone, for peft.")
+    ] = False,
 ) -> None:
-    """Write the run's latest checkpoint as a Hugging Face folder."""
-    from jaxreset.config import load_config
+    """Write the run's latest checkpoint as a Hugging Face folder; adapters are merged."""
+    from jaxreset.config_file import load_config
     from jaxreset.training.loop import export_run
 
     settings = load_config(config, overrides or [])
     try:
-        step = export_run(settings, output)
+        step = export_run(settings, output, adapters=adapters)
     except FileExistsError as error:
         raise ConfigError(str(error)) from error
     Console().print(f"step {step} exported to {output}", soft_wrap=True)

@@ -1,6 +1,6 @@
 """Makes tests/fixtures: small checkpoints by transformers, and the logits its PyTorch models give.
 
-Run with torch installed: python tests/make_model_fixtures.py. The live tests use its functions too.
+Run with torch and peft installed: python tests/make_model_fixtures.py. Live tests use its functions too.
 """
 
 from __future__ import annotations
@@ -80,7 +80,20 @@ def torch_logits(folder: Path, tokens: np.ndarray, lengths: tuple[int, ...]) -> 
     return output.logits.numpy()
 
 
+def save_adapters(folder: Path) -> None:
+    """Adapters as peft writes them, for a model of the sizes above."""
+    import peft
+
+    model = random_model(FIXTURES["qwen2"][0], seed=0)
+    settings = peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    peft.get_peft_model(model, settings).save_pretrained(folder)
+    (folder / "README.md").unlink()
+
+
 def main() -> None:
+    save_adapters(Path(__file__).parent / "fixtures" / "qwen2_lora")
     lengths = (24, 17, 5)
     for seed, (name, (config, dtype)) in enumerate(FIXTURES.items()):
         folder = Path(__file__).parent / "fixtures" / name

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from model_helpers import random_params
 
 from jaxreset.models.attention import causal_attention, shared_prefix_attention
-from jaxreset.models.decoder import KV, DecoderConfig, RopeScaling
+from jaxreset.models.decoder import KV, DecoderConfig
 from jaxreset.models.packing import one_group_each
+from jaxreset.models.rotary import RopeScaling
 from jaxreset.models.unstacked import unstack, unstacked_graph
 
 WIDE = DecoderConfig(

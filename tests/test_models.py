@@ -22,8 +22,9 @@ from model_helpers import (
 from safetensors.numpy import load_file
 
 from jaxreset.models import huggingface, policy
-from jaxreset.models.decoder import DecoderConfig, RopeScaling
+from jaxreset.models.decoder import DecoderConfig
 from jaxreset.models.policy import load_policy, new_policy
+from jaxreset.models.rotary import RopeScaling
 
 NAMES = ("llama3", "qwen2", "qwen3")
 TOLERANCE = 1e-4

@@ -14,16 +14,18 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from model_helpers import random_policy
+from model_helpers import assert_same_params, random_policy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from jaxreset.config import load_config
+from jaxreset.config_file import load_config
+from jaxreset.errors import ConfigError
+from jaxreset.models.adapters import trained
 from jaxreset.models.decoder import DecoderConfig
 from jaxreset.models.policy import load_policy
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.math import MathTask
-from jaxreset.training.loop import train
+from jaxreset.training.loop import export_run, train
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = REPOSITORY / "configs" / "gsm8k.yaml"
@@ -150,9 +152,14 @@ def one_device():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def run(files, folder, objective):
+def config_of(files, folder, objective, *overrides):
     paths = [f"model.path={files.model}", f"data.path={files.data}", f"run.dir={folder}"]
-    return train(load_config(CONFIG, [*TINY.split(), *paths, f"objective={objective}"]))
+    overrides = [*paths, f"objective={objective}", *overrides]
+    return load_config(CONFIG, [*TINY.split(), *overrides])
+
+
+def run(files, folder, objective):
+    return train(config_of(files, folder, objective))
 
 
 @pytest.mark.parametrize("objective", ["grpo", "rrpo", "srpo", "ladder"])
@@ -176,6 +183,20 @@ def test_a_folder_of_transformers_trains_and_exports_to_it_again(real_input, tmp
         expected = model(torch.asarray(tokens)).logits.numpy()
     np.testing.assert_allclose(result.policy.logits(tokens), expected, rtol=0, atol=1e-4)
     assert tokenizer.chat_template == CHAT
+
+
+def test_adapters_of_a_folder_are_exported_with_its_name(made_up_input, tmp_path):
+    config = config_of(made_up_input, tmp_path / "run", "grpo", "model.lora.rank=2")
+    result = train(config)
+    base = load_policy(made_up_input.model)
+    assert_same_params(trained(result.policy.params)[1], base.params)
+    assert export_run(config, tmp_path / "adapters", adapters=True) == 3
+    settings = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(made_up_input.model)
+    assert settings["lora_alpha"] == settings["r"] == 2
+    whole = config_of(made_up_input, tmp_path / "other", "grpo")
+    with pytest.raises(ConfigError, match=r"model\.lora\.rank is null"):
+        export_run(whole, tmp_path / "none", adapters=True)
 
 
 def check_run(result, files):

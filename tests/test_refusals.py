@@ -16,7 +16,7 @@ from model_helpers import byte_tokenizer, edit_config, random_policy, word_token
 from transformers import AutoTokenizer
 
 from jaxreset import cli
-from jaxreset.config import dump_config, load_config
+from jaxreset.config_file import dump_config, load_config
 from jaxreset.models.decoder import DecoderConfig
 from jaxreset.models.policy import load_policy
 from jaxreset.tasks.chain import TOKENIZER
@@ -128,6 +128,9 @@ REFUSED = [
     chain("train.steps=[1", "override 'train.steps=[1'", "not YAML"),
     # values
     chain("train.steps=many", "train.steps", "valid integer", "got 'many'"),
+    chain("model.lora.rank=0", "model.lora.rank", "greater than 0", "got 0"),
+    chain("model.lora.targets=[q,kv]", "model.lora.targets.1", "'q', 'k', 'v', 'o'", "got 'kv'"),
+    chain("model.lora.targets=[]", "model.lora.targets", "at least 1 item", "got []"),
     chain("train.steps=-1", "train.steps", "greater than or equal to 0", "got -1"),
     chain("train.prompts_per_step=0", "train.prompts_per_step", "greater than 0", "got 0"),
     chain("optimizer.learning_rate=0", "optimizer.learning_rate", "greater than 0", "got 0"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from scripted import CHAIN_TOKENIZER, PROBLEMS, TASK, ScriptedRounds, encode, planted
 
-from jaxreset.config import parse_config
+from jaxreset.config_file import parse_config
 from jaxreset.objectives import Objective, make_objective
 from jaxreset.resets import RULES, Answer, Failure, RuleName, parse_answer
 from jaxreset.sampling.rounds import Stream

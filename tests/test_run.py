@@ -21,12 +21,13 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from model_helpers import assert_same_params
 
 from jaxreset import cli
-from jaxreset.config import load_config
+from jaxreset.config_file import load_config
 from jaxreset.errors import RunError
+from jaxreset.models.adapters import trained
 from jaxreset.models.policy import load_policy
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask
-from jaxreset.training.checkpoints import Checkpoints
+from jaxreset.training.checkpoints import Checkpoints, load_params
 from jaxreset.training.loop import train
 from jaxreset.training.run_folder import RunFolder
 from jaxreset.training.update import init_state, make_optimizer
@@ -92,7 +93,8 @@ def saved_state(result):
     config = load_config(result.folder / "config.yaml")
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     checkpoints = Checkpoints(result.folder / "checkpoints", keep=2)
-    state, progress = checkpoints.restore(init_state(result.policy.params, optimizer))
+    params, _ = trained(result.policy.params)
+    state, progress = checkpoints.restore(init_state(params, optimizer))
     checkpoints.close()
     return state, progress
 
@@ -208,12 +210,39 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(unstopped, tmp_path):
     assert_same_end(resumed, unstopped)
 
 
+FROM_THE_START = ("objective=grpo", "loss.kl=10", "train.min_signal_groups=0", "checkpoint.keep=1")
+
+
 def test_a_stopped_run_is_pulled_towards_the_policy_that_it_started_from(tmp_path):
-    """Of which no checkpoint is left: the warm start is done again."""
-    options = "objective=grpo", "loss.kl=10", "train.min_signal_groups=0", "checkpoint.keep=1"
+    """Of which no checkpoint is left, but what the warm start made."""
+    whole = train(tiny(tmp_path / "whole", *FROM_THE_START))
+    train(tiny(tmp_path / "stopped", *FROM_THE_START, "train.steps=2"))
+    assert_same_end(train(tiny(tmp_path / "stopped", *FROM_THE_START)), whole)
+
+
+def test_adapters_alone_are_trained_and_saved(tmp_path, monkeypatch, capsys):
+    options = *FROM_THE_START, "model.lora.rank=4", "model.lora.targets=[q, v, up]"
     whole = train(tiny(tmp_path / "whole", *options))
+    check_shapes_and_logps(whole.history)
     train(tiny(tmp_path / "stopped", *options, "train.steps=2"))
-    assert_same_end(train(tiny(tmp_path / "stopped", *options)), whole)
+    resumed = train(tiny(tmp_path / "stopped", *options))
+    assert_same_end(resumed, whole)
+
+    state, _ = saved_state(whole)
+    adapters, base = trained(whole.policy.params)
+    assert len(jax.tree.leaves(state.params)) == len(jax.tree.leaves(adapters)) == 6
+    stored = sum(x.size for x in jax.tree.leaves(state))
+    assert stored < 4.1 * sum(x.size for x in jax.tree.leaves(adapters))  # and two moments, a sum
+    assert all(np.asarray(b).any() for b in jax.tree.leaves(adapters))  # B was 0
+    assert_same_params(base, load_params(whole.folder / "start", base))  # after the warm start
+
+    config = whole.folder / "config.yaml"
+    jaxreset(monkeypatch, "eval", config, "--json")
+    accuracy = json.loads(capsys.readouterr().out)["eval/accuracy"]
+    assert accuracy == whole.history[-1]["eval/accuracy"]
+    jaxreset(monkeypatch, "export", config, tmp_path / "model")
+    merged, tokens = load_policy(tmp_path / "model"), np.arange(10)[None]
+    np.testing.assert_allclose(merged.logits(tokens), whole.policy.logits(tokens), atol=1e-5)
 
 
 def test_a_killed_run_starts_again_at_its_checkpoint(unstopped, tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxreset.models.decoder import DecoderConfig, RopeScaling
+from jaxreset.models.decoder import DecoderConfig
+from jaxreset.models.rotary import RopeScaling
 
 FILE = "config.json"
 ARCHITECTURES = {

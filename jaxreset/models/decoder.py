@@ -29,20 +29,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxreset.models.attention import causal_attention, same_segment, shared_prefix_attention
+from jaxreset.models.lora import Adapter, LoRA
 from jaxreset.models.packing import Packing
+from jaxreset.models.rotary import RopeScaling, Rotation, rotate, rotation
 
 Array = jax.Array
 Carry = TypeVar("Carry")
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's frequency scaling for contexts longer than the pretrained one."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
 
 
 @dataclass(frozen=True)
@@ -50,7 +42,8 @@ class DecoderConfig:
     """Sizes and switches of a `Decoder`.
 
     `qkv_bias` is Qwen2's, `qk_norm` Qwen3's, `rope_scaling` Llama 3's. `dtype` is that of parameters
-    and matrix products; norms, rotary angles and softmax are computed in float32 at least.
+    and matrix products; norms, rotary angles and softmax are computed in float32 at least. `lora` puts
+    adapters beside the blocks' matrices.
     """
 
     vocab: int
@@ -67,6 +60,7 @@ class DecoderConfig:
     qk_norm: bool = False
     tie_embeddings: bool = True
     dtype: str = "float32"
+    lora: LoRA | None = None
 
 
 class KV(NamedTuple):
@@ -77,13 +71,6 @@ class KV(NamedTuple):
 
 
 Store = tuple[KV, ...]  # one for each stack of a decoder
-
-
-class Rotation(NamedTuple):
-    """Cosines and sines of rotary angles, `[..., T, D / 2]`, float32 at least."""
-
-    cos: Array
-    sin: Array
 
 
 class Place(NamedTuple):
@@ -142,13 +129,31 @@ class Block(nnx.Module):
         self.gate = matrix(c.width, c.width, c.mlp)
         self.up = matrix(c.width, c.width, c.mlp)
         self.down = matrix(c.mlp, c.mlp, c.width, depth=2 * c.layers)
+        if c.lora is not None:
+            self.lora = nnx.Dict(
+                {name: self._adapter(name, c.lora, rngs.params()) for name in c.lora.targets}
+            )
+
+    def _adapter(self, name: str, lora: LoRA, key: Array) -> Adapter:
+        """Of the matrix of that name."""
+        stack, *axes = getattr(self, name).shape
+        inputs = 2 if name == "o" else 1  # axes
+        sizes = math.prod(axes[:inputs]), tuple(axes[inputs:])
+        return Adapter(lora, stack, *sizes, self.config.dtype, key)
+
+    def _times(self, x: Array, name: str) -> Array:
+        """`x` [..., inputs] times the matrix of that name and, if it has one, its adapter."""
+        matrix = getattr(self, name)[...]
+        if name == "o":  # contracting heads and widths as two axes makes XLA copy the matrix
+            matrix = matrix.reshape(-1, matrix.shape[-1])
+        product = jnp.tensordot(x, matrix, 1)
+        lora = self.config.lora
+        return product + self.lora[name](x) if lora and name in lora.targets else product
 
     def project(self, x: Array, turn: Rotation) -> tuple[Array, Array, Array]:
         """`x` [..., T, E], `turn` [..., T, D / 2] -> query [..., T, H, D], key and value [..., T, G, D]."""
         x = self.attention_norm(x)
-        query = jnp.einsum("...e,ehd->...hd", x, self.q[...])
-        key = jnp.einsum("...e,ehd->...hd", x, self.k[...])
-        value = jnp.einsum("...e,ehd->...hd", x, self.v[...])
+        query, key, value = (self._times(x, name) for name in ("q", "k", "v"))
         if self.config.qkv_bias:
             query, key = query + self.q_bias[...], key + self.k_bias[...]
             value = value + self.v_bias[...]
@@ -158,11 +163,9 @@ class Block(nnx.Module):
 
     def combine(self, x: Array, attended: Array) -> Array:
         """`x` [..., T, E] and the attention's output [..., T, H, D] -> the layer's output [..., T, E]."""
-        # One axis of heads and widths: contracting two of them makes XLA copy the matrix.
-        output = self.o[...].reshape(-1, x.shape[-1])
-        x = x + attended.reshape(*x.shape[:-1], len(output)) @ output
+        x = x + self._times(attended.reshape(*x.shape[:-1], -1), "o")
         y = self.mlp_norm(x)
-        return x + (jax.nn.silu(y @ self.gate[...]) * (y @ self.up[...])) @ self.down[...]
+        return x + self._times(jax.nn.silu(self._times(y, "gate")) * self._times(y, "up"), "down")
 
 
 class Decoder(nnx.Module):
@@ -213,7 +216,7 @@ class Decoder(nnx.Module):
 
         `remat`: recompute activations in the backward pass instead of keeping them.
         """
-        turn = rotation(jnp.arange(tokens.shape[-1])[None], self.config)
+        turn = self._turn(jnp.arange(tokens.shape[-1])[None])
 
         def layer(x: Array, block: Block) -> tuple[Array, None]:
             return _self_attend(block, x, turn)[0], None
@@ -225,7 +228,7 @@ class Decoder(nnx.Module):
 
         Slots at and after a prefix's end hold padding: attention masks them by length.
         """
-        turn = rotation(jnp.arange(tokens.shape[-1])[None], self.config)
+        turn = self._turn(jnp.arange(tokens.shape[-1])[None])
 
         def layer(x: Array, block: Block) -> tuple[Array, KV]:
             x, keys, values = _self_attend(block, x, turn)
@@ -244,7 +247,7 @@ class Decoder(nnx.Module):
         Returns:
           `[L, N, 1, G, D, Q]` and `[L, N, 1, G, Q, D]`: a suffix store of one row a group.
         """
-        turn = rotation(prefix_lengths[:, None, None] + jnp.arange(tokens.shape[-1]), self.config)
+        turn = self._turn(prefix_lengths[:, None, None] + jnp.arange(tokens.shape[-1]))
         causal = _causal_mask(tokens.shape[-1])
 
         exists = _exist(prefix_lengths, prefix[0].keys.shape[-1])
@@ -271,8 +274,8 @@ class Decoder(nnx.Module):
         Returns:
           `[N, K, S, E]`; the state at a suffix's slot t predicts its t-th token.
         """
-        turn = rotation(packing.positions, self.config)
-        prefix_turn = rotation(packing.prefix_positions, self.config)
+        turn = self._turn(packing.positions)
+        prefix_turn = self._turn(packing.prefix_positions)
         causal = _causal_mask(rows.shape[-1])
 
         def layer(carry: tuple[Array, Array], block: Block) -> tuple[tuple[Array, Array], None]:
@@ -293,9 +296,16 @@ class Decoder(nnx.Module):
         (_, own), _ = self._scan(layer, start, remat=remat)
         return self.norm(own)
 
+    def _turn(self, positions: Array) -> Rotation:
+        """Of tokens at `positions` [..., T]."""
+        c = self.config
+        return rotation(
+            positions, width=c.head_dim, theta=c.rope_theta, scaling=c.rope_scaling, dtype=c.dtype
+        )
+
     def place(self, slots: Array, prefix_lengths: Array, size: int) -> Place:
         """Of tokens in the own `slots` `[N, K]` of rows with `size` of them."""
-        turn = rotation((prefix_lengths[:, None] + slots)[..., None], self.config)
+        turn = self._turn((prefix_lengths[:, None] + slots)[..., None])
         return Place(turn, (jnp.arange(size) <= slots[..., None])[:, :, None])
 
     def decode(
@@ -409,27 +419,3 @@ def _causal_mask(size: int) -> Array:
 
 def _wide(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def rotation(positions: Array, config: DecoderConfig) -> Rotation:
-    """Of `positions` [..., T]; float32 (float64 under x64 parameters)."""
-    half = config.head_dim // 2
-    dtype = jnp.promote_types(config.dtype, jnp.float32)
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=dtype) / half)
-    if (scaling := config.rope_scaling) is not None:
-        # Llama 3: long wavelengths are slowed by `factor`, short ones kept, those between blended.
-        wavelengths = 2 * math.pi / frequencies
-        span = scaling.high_freq_factor - scaling.low_freq_factor
-        ratio = scaling.original_max_position / wavelengths
-        kept = jnp.clip((ratio - scaling.low_freq_factor) / span, 0, 1)
-        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
-    angles = positions[..., None].astype(dtype) * frequencies
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
-
-
-def rotate(x: Array, turn: Rotation) -> Array:
-    """Rotary embedding of `x` [..., T, heads, D] (halves, not pairs)."""
-    cos, sin = (part[..., None, :] for part in turn)
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)

@@ -14,6 +14,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,10 +43,12 @@ __all__ = [
     "abstract_decoder",
     "export",
     "load_params",
+    "new_folder",
     "read_config",
     "read_metadata",
     "tensor_table",
     "weight_files",
+    "write_json",
 ]
 
 # Parameters and tensors
@@ -242,10 +245,8 @@ def export(
 ) -> Path:
     """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
-    The folder appears whole or not at all: it is written beside `path` and then renamed.
-
     Args:
-      path: a folder that does not exist or is empty.
+      path: a folder that does not exist or is empty; see `new_folder`.
       config, params: the decoder's; tensors are stored in the dtype of `params`.
       tokenizer: saved with the weights.
       eos_ids: the tokens that end a response.
@@ -259,9 +260,6 @@ def export(
       FileExistsError: something is at `path`.
       ValueError: no architecture of `transformers` computes this config.
     """
-    path = Path(path).expanduser().absolute()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not an empty folder; choose another name")
     metadata = metadata or {}
     source = metadata.get(CONFIG, {})
     description = {
@@ -272,18 +270,32 @@ def export(
         **{key: source[key] for key in KEPT if key in source},
     }
 
+    with new_folder(path) as folder:
+        _write_weights(folder, config, params, shard_bytes)
+        tokenizer.save_pretrained(str(folder))
+        write_json(folder / CONFIG, description)
+        if GENERATION in metadata:
+            write_json(folder / GENERATION, metadata[GENERATION])
+    return Path(path).expanduser().absolute()
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write to, which stands beside `path` and in the end becomes it: whole or not at all.
+
+    Raises:
+      FileExistsError: something is at `path`.
+    """
+    path = Path(path).expanduser().absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not an empty folder; choose another name")
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_weights(partial, config, params, shard_bytes)
-    tokenizer.save_pretrained(str(partial))
-    _write_json(partial / CONFIG, description)
-    if GENERATION in metadata:
-        _write_json(partial / GENERATION, metadata[GENERATION])
+    yield partial
     if path.exists():
         path.rmdir()
     partial.rename(path)
-    return path
 
 
 def _write_weights(folder: Path, config: DecoderConfig, params: nnx.State, limit: int) -> None:
@@ -304,7 +316,7 @@ def _write_weights(folder: Path, config: DecoderConfig, params: nnx.State, limit
         save_file(dict(islice(arrays, len(shard))), folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         total = sum(size for shard in shards for size in shard.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
 
 
 def _stored_arrays(config: DecoderConfig, params: nnx.State) -> Iterator[tuple[str, np.ndarray]]:
@@ -319,5 +331,6 @@ def _stored_arrays(config: DecoderConfig, params: nnx.State) -> Iterator[tuple[s
             yield name, np.ascontiguousarray(target.T if tensor.transposed else target)
 
 
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Writes it as Hugging Face does."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

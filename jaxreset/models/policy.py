@@ -4,6 +4,7 @@
     policy.logits(tokens)                      # [B, T] -> [B, T, V]
     policy = policy.with_params(params, version=policy.version + 1)
     policy.export("my-model")                  # a folder that transformers loads
+    policy = policy.with_lora(rank=64, alpha=64)
 
 It is immutable; training makes a new one at every step, which costs nothing.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxreset.models import huggingface
+from jaxreset.models import adapters, huggingface
 from jaxreset.models.config_json import read_json
 from jaxreset.models.decoder import Decoder, DecoderConfig
+from jaxreset.models.lora import LINEAR, LoRA, Target
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -74,16 +76,42 @@ class Policy:
         """The same policy with other parameters."""
         return dataclasses.replace(self, params=params, version=version)
 
+    def with_lora(
+        self, rank: int, alpha: float, *, targets: Sequence[Target] = LINEAR, seed: int = 0
+    ) -> Policy:
+        """The same policy with an adapter beside each of these matrices; see `lora.LoRA`.
+
+        Raises:
+          ValueError: it has adapters already, or a target has another name.
+        """
+        lora = LoRA(rank, alpha, tuple(targets))
+        graph, params, config = adapters.attach(self.params, self.config, lora, seed=seed)
+        return dataclasses.replace(self, graph=graph, params=params, config=config)
+
+    def merged(self) -> Policy:
+        """The policy without adapters that computes the same, to rounding; itself if it has none."""
+        if self.config.lora is None:
+            return self
+        config = dataclasses.replace(self.config, lora=None)
+        graph, _ = huggingface.abstract_decoder(config)
+        params = adapters.merge(self.params, graph=self.graph)
+        return dataclasses.replace(self, graph=graph, params=params, config=config)
+
     def export(self, path: str | Path) -> Path:
-        """Writes a folder that `transformers` loads; see `huggingface.export`."""
+        """Writes a folder that `transformers` loads, adapters merged; see `huggingface.export`."""
+        whole = self.merged()
         return huggingface.export(
             path,
-            self.config,
-            self.params,
+            whole.config,
+            whole.params,
             self.tokenizer,
             eos_ids=self.eos_ids,
             metadata=self.metadata,
         )
+
+    def export_adapters(self, path: str | Path, *, base: str) -> Path:
+        """Writes a folder that `peft` loads upon `base`; see `adapters.export_adapters`."""
+        return adapters.export_adapters(path, self.config, self.params, base=base)
 
 
 # Here and not a method: one compilation serves every policy of the same graph.

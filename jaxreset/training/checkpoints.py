@@ -63,11 +63,8 @@ class Checkpoints:
         latest = self._checkpointer.latest
         if latest is None:
             raise FileNotFoundError("no checkpoint to restore")
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-        )
         loaded = self._checkpointer.load_checkpointables(
-            latest.step, {"state": _named(abstract), "progress": Progress()._asdict()}
+            latest.step, {"state": _named(_abstract(like)), "progress": Progress()._asdict()}
         )
         leaves = [loaded["state"][name] for name in _named(like)]
         state = jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -76,6 +73,22 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written."""
         self._checkpointer.close()
+
+
+def save_params(path: Path, params: Any) -> None:
+    """Saves parameters once, in place of what a killed run left there."""
+    ocp.save(path, _named(params), overwrite=True)
+
+
+def load_params(path: Path, like: Any) -> Any:
+    """What `save_params` saved, laid out as `like` is."""
+    loaded = ocp.load(path, _named(_abstract(like)))
+    return jax.tree.unflatten(jax.tree.structure(like), [loaded[name] for name in _named(like)])
+
+
+def _abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of the arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -1,15 +1,14 @@
-"""What a run would do: its config, its compiled shapes, its memory. Nothing is compiled."""
+"""What a run would do: its config, its compiled shapes, its memory. No program of it is compiled."""
 
 from __future__ import annotations
-
-import math
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxreset.config import Config, dump_config
-from jaxreset.models.decoder import DecoderConfig
+from jaxreset.config import Config
+from jaxreset.config_file import dump_config
+from jaxreset.models.adapters import trained
 from jaxreset.sampling.programs import cache_bytes
 from jaxreset.training.setup import make_experiment
 
@@ -21,7 +20,8 @@ def describe(config: Config, console: Console) -> None:
       ConfigError: as a run would.
     """
     experiment = make_experiment(config)
-    plan, model = experiment.plan, experiment.policy.config
+    plan, policy = experiment.plan, experiment.adapted(experiment.policy)
+    model = policy.config
     console.print(dump_config(config), highlight=False)
     table = Table(title="compiled shapes")
     for column in ("program", "groups", "rows", "prefix tokens", "suffix tokens", "cache or batch"):
@@ -40,13 +40,11 @@ def describe(config: Config, console: Console) -> None:
         table.add_row("update (bins, lanes)", *map(str, pack), f"{tokens:,} tokens")
     console.print(table)
 
-    params = sum(
-        math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(experiment.policy.params)
-    )
-    console.print(
-        f"parameters            {_size(params)} ({params // _itemsize(model):,} of {model.dtype})"
-    )
-    console.print(f"optimizer, gradients  {_size(3 * params)}")
+    changing, frozen = map(jax.tree.leaves, trained(policy.params))
+    learnt, kept = sum(p.nbytes for p in changing), sum(p.nbytes for p in frozen)
+    console.print(f"parameters            {_size(learnt + kept)} ({model.dtype})")
+    console.print(f"  trained             {_size(learnt)} ({sum(p.size for p in changing):,})")
+    console.print(f"optimizer, gradients  {_size(3 * learnt)}")
     held = sum(size for name, size in caches.items() if name != "evaluate")
     console.print(f"caches of a step      {_size(held)} at most, all rounds held")
     train, test = len(experiment.problems.train), len(experiment.problems.test)
@@ -55,10 +53,6 @@ def describe(config: Config, console: Console) -> None:
         f"{experiment.overlong.dropped} dropped (longest prompt {experiment.overlong.longest} tokens)"
     )
     experiment.task.close()
-
-
-def _itemsize(model: DecoderConfig) -> int:
-    return jax.numpy.dtype(model.dtype).itemsize
 
 
 def _size(count: float) -> str:

@@ -14,6 +14,7 @@ from jaxreset.config import Config
 from jaxreset.errors import RunError
 from jaxreset.groups import Group
 from jaxreset.microbatches import GroupBatch, PackShape, empty_batch, pack
+from jaxreset.models.adapters import trained
 from jaxreset.models.policy import Policy
 from jaxreset.training.checkpoints import Progress
 from jaxreset.training.update import (
@@ -42,13 +43,13 @@ class Learner:
 
     Args:
       config: resolved.
-      policy: its parameters are taken over, and overwritten by updates.
+      policy: its parameters are taken over, and those that are trained overwritten by updates.
       optimizer: see `update.make_optimizer`.
       form: the loss.
       shapes: of microbatches, see `microbatches.pack_shapes`.
       sharding: of microbatches over the mesh, None for one device.
       on_nonfinite: told of the step and the groups whose gradient, or reward, was not finite.
-      reference: parameters that `form.kl` keeps the policy near to; only read.
+      reference: trained parameters that `form.kl` keeps the policy near to; only read.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class Learner:
         self.config, self.optimizer, self.form = config, optimizer, form
         self.shapes, self.sharding = shapes, sharding
         self.temperature = np.float32(config.sampling.temperature)
-        self.state: TrainState = init_state(policy.params, optimizer)
+        params, self._frozen = trained(policy.params)
+        self.state: TrainState = init_state(params, optimizer)
         self._layout = layout_of(self.state)
         self._gradient_layout = layout_of(self.state.gradients)
         self.progress = Progress(seed=config.seed)
@@ -76,7 +78,8 @@ class Learner:
     @property
     def policy(self) -> Policy:
         """The policy with the current parameters, valid until the next update."""
-        return self._policy.with_params(self.state.params, self.progress.version)
+        params = nnx.merge_state(self.state.params, self._frozen)
+        return self._policy.with_params(params, self.progress.version)
 
     def compile(self) -> None:
         """Compiles the update in all its shapes, without running it."""
@@ -88,13 +91,15 @@ class Learner:
             accumulate.lower(
                 gradients,
                 params,
+                self._frozen,
                 batch,
                 self.temperature,
                 form=self.form,
                 layout=self._gradient_layout,
                 **static,
             ).compile()
-        measure.lower(params, plain, self.temperature, **static).compile()  # the smallest
+        smallest = self._frozen, plain, self.temperature
+        measure.lower(params, *smallest, **static).compile()
         apply.lower(
             self.state, np.float32(1), optimizer=self.optimizer, layout=self._layout
         ).compile()
@@ -163,7 +168,7 @@ class Learner:
         placed = self._put(batch) if needed else batch
         static = {"graph": self._policy.graph, "remat": self.config.train.remat}
         scored = {
-            name: score(params, placed, self.temperature, **static)
+            name: score(params, self._frozen, placed, self.temperature, **static)
             for name, params in needed.items()
         }
         return batch._replace(**scored)
@@ -186,6 +191,7 @@ class Learner:
             gradients, loss = accumulate(
                 gradients,
                 self.state.params,
+                self._frozen,
                 self._put(batch),
                 self.temperature,
                 graph=self._policy.graph,
@@ -247,6 +253,7 @@ class Learner:
         for batch in pack(groups[: 4 * smallest.bins], [smallest])[:1]:
             scored = measure(
                 self.state.params,
+                self._frozen,
                 self._put(batch),
                 self.temperature,
                 graph=self._policy.graph,

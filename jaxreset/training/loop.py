@@ -11,17 +11,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxreset.config import Config
 from jaxreset.errors import ConfigError
 from jaxreset.groups import Group, set_advantages
+from jaxreset.models.adapters import trained
 from jaxreset.models.policy import Policy
+from jaxreset.parallel import rows_sharding
 from jaxreset.reporting.curve import draw_curve
 from jaxreset.reporting.display import Display
 from jaxreset.reporting.report import write_report
 from jaxreset.reporting.trackers import Trackers
 from jaxreset.tasks.chain import ChainTask
-from jaxreset.training.checkpoints import Checkpoints
+from jaxreset.training.checkpoints import Checkpoints, load_params, save_params
 from jaxreset.training.compiles import compiles
 from jaxreset.training.evaluate import Accuracy, evaluate
 from jaxreset.training.learner import Learner
@@ -80,21 +83,11 @@ def _prepare(
     experiment: Experiment, checkpoints: Checkpoints, folder: RunFolder, display: Display
 ) -> Learner:
     """The learner at the step where the run goes on, with everything compiled."""
-    config, policy = experiment.config, experiment.policy
-    restoring = checkpoints.any()
-    # A reference policy is the one that training started from, so it is made anew.
-    starting = not restoring or config.loss.kl > 0
-    if config.warm_start.steps and starting and isinstance(experiment.task, ChainTask):
-        display.phase("warm start", config.warm_start.steps)
-        policy = warm_start(
-            policy,
-            experiment.task,
-            experiment.problems.train,
-            config.warm_start,
-            seed=config.seed,
-            inline=config.reset.localizer.mode == "inline",
-            on_step=display.warm_start_step,
-        )
+    config, restoring = experiment.config, checkpoints.any()
+    if config.warm_start.steps and not restoring:
+        policy = _warm_start(experiment, folder, display)
+    else:
+        policy = _start(experiment, folder)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
 
     def on_nonfinite(step: int, groups: list[Group]) -> None:
@@ -106,9 +99,9 @@ def _prepare(
         optimizer,
         experiment.form,
         experiment.plan.pack,
-        experiment.sharding,
+        None if experiment.mesh is None else rows_sharding(experiment.mesh),
         on_nonfinite,
-        reference=jax.tree.map(jnp.copy, policy.params) if config.loss.kl else None,
+        reference=jax.tree.map(jnp.copy, trained(policy.params)[0]) if config.loss.kl else None,
     )
     if restoring:
         learner.state, learner.progress = checkpoints.restore(learner.state)
@@ -123,6 +116,34 @@ def _prepare(
     # One padded call, so that normalising rewards compiles now.
     set_advantages([], scale=config.loss.advantage_scale or "std", size=experiment.plan.sets)
     return learner
+
+
+def _warm_start(experiment: Experiment, folder: RunFolder, display: Display) -> Policy:
+    """The policy after the warm start, with its adapters."""
+    config = experiment.config
+    assert isinstance(experiment.task, ChainTask)  # checked by the schema
+    display.phase("warm start", config.warm_start.steps)
+    policy = warm_start(
+        experiment.policy,
+        experiment.task,
+        experiment.problems.train,
+        config.warm_start,
+        seed=config.seed,
+        inline=config.reset.localizer.mode == "inline",
+        on_step=display.warm_start_step,
+    )
+    # Checkpoints hold only what is trained after this.
+    if config.loss.kl or config.model.lora.rank:
+        save_params(folder.start, policy.params)
+    return experiment.adapted(policy)
+
+
+def _start(experiment: Experiment, folder: RunFolder) -> Policy:
+    """The policy that training started from, where that can still be told."""
+    policy = experiment.policy
+    if folder.start.is_dir():
+        policy = policy.with_params(load_params(folder.start, policy.params), policy.version)
+    return experiment.adapted(policy)
 
 
 def _loop(
@@ -254,18 +275,35 @@ def evaluate_run(config: Config) -> tuple[int, dict[str, float]]:
         experiment.task.close()
 
 
-def export_run(config: Config, output: Path) -> int:
-    """Writes the run's latest checkpoint as a Hugging Face folder; returns its step."""
+def export_run(config: Config, output: Path, *, adapters: bool = False) -> int:
+    """Writes the run's latest checkpoint as a Hugging Face folder; returns its step.
+
+    Args:
+      config: resolved.
+      output: a folder that doesn't exist or is empty.
+      adapters: write the LoRA adapters alone, as a PEFT folder.
+
+    Raises:
+      ConfigError: there are no adapters, or their base is in no folder; or as for a run.
+      FileExistsError: something is at `output`.
+    """
+    if adapters and config.model.lora.rank is None:
+        raise ConfigError("model.lora.rank is null: the run has no adapters; export it whole")
+    if adapters and config.model.path is None:
+        raise ConfigError("model.path is null: no folder holds the adapters' base; export it whole")
     folder = RunFolder(config)
     folder.check_same_policy()
     experiment = make_experiment(config)
     step, policy = _latest(experiment, folder)
-    policy.export(output)
+    if adapters:
+        policy.export_adapters(output, base=str(config.model.path))
+    else:
+        policy.export(output)
     return step
 
 
 def _latest(experiment: Experiment, folder: RunFolder) -> tuple[int, Policy]:
-    config, policy = experiment.config, experiment.policy
+    config, policy = experiment.config, _start(experiment, folder)
     if not folder.checkpoints.is_dir():
         if config.model.path is None:
             raise ConfigError(
@@ -274,6 +312,8 @@ def _latest(experiment: Experiment, folder: RunFolder) -> tuple[int, Policy]:
         return 0, policy
     checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    state, progress = checkpoints.restore(init_state(policy.params, optimizer))
+    params, frozen = trained(policy.params)
+    state, progress = checkpoints.restore(init_state(params, optimizer))
     checkpoints.close()
-    return progress.step, policy.with_params(state.params, progress.version)
+    params = nnx.merge_state(state.params, frozen)
+    return progress.step, policy.with_params(params, progress.version)

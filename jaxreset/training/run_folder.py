@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from jaxreset.config import DUMPED, Config, dump_config
+from jaxreset.config import Config
+from jaxreset.config_file import DUMPED, dump_config
 from jaxreset.errors import ConfigError
 
 # What may differ when a run is started again: none of it changes a result already there.
@@ -32,6 +33,7 @@ class RunFolder:
         self.rollouts = self.path / "rollouts"
         self.nonfinite = self.path / "nonfinite"
         self.checkpoints = self.path / "checkpoints"
+        self.start = self.path / "start"  # parameters of a warm start that is needed later
         self._limit = int(config.run.rollouts_mb * 2**20)
 
     def check_writable(self) -> None:

@@ -18,7 +18,7 @@ from jaxreset.microbatches import PackShape, pack_shapes
 from jaxreset.models.decoder import DecoderConfig
 from jaxreset.models.policy import Policy, load_policy, new_policy
 from jaxreset.objectives import Objective
-from jaxreset.parallel import make_mesh, param_shardings, rows_sharding
+from jaxreset.parallel import make_mesh, param_shardings
 from jaxreset.sampling import Sampler, Shape, StopRules
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.chain import TOKENIZER, ChainTask
@@ -96,7 +96,10 @@ def make_plan(config: Config, objective: Objective, *, shards: int = 1) -> Plan:
 
 @dataclass
 class Experiment:
-    """What a config describes, ready to sample and to train."""
+    """What a config describes, ready to sample and to train.
+
+    `policy` is the one that a warm start starts from: it has no adapters yet.
+    """
 
     config: Config
     objective: Objective
@@ -109,12 +112,21 @@ class Experiment:
     sampler: Sampler
     collector: Collector
     form: LossForm
-    sharding: jax.sharding.Sharding | None
+    mesh: jax.sharding.Mesh | None  # None: one device
 
     @property
     def decode(self) -> Callable[[np.ndarray], str]:
         """Token ids -> text, special tokens left out."""
         return self.collector.decode
+
+    def adapted(self, policy: Policy) -> Policy:
+        """The policy with the adapters that the config asks for."""
+        if (lora := self.config.model.lora.make()) is None:
+            return policy
+        policy = policy.with_lora(
+            lora.rank, lora.alpha, targets=lora.targets, seed=self.config.seed
+        )
+        return policy if self.mesh is None else _spread(policy, self.mesh)
 
     def compile_sampling(self, policy: Policy) -> None:
         """Compiles all that sampling, asking and evaluating will need."""
@@ -156,11 +168,9 @@ def _make_experiment(config: Config) -> Experiment:
     test, _ = fit_prompts(problems.test, task, policy.tokenizer, limit, refuse=refuse)
     problems = Problems(train, test)
 
-    sharding, spread = None, mesh if mesh.size > 1 else None
+    spread = mesh if mesh.size > 1 else None
     if spread is not None:
-        sharding = rows_sharding(mesh)
-        params = jax.device_put(policy.params, param_shardings(mesh, policy.params))
-        policy = policy.with_params(params, policy.version)
+        policy = _spread(policy, mesh)
     s = config.sampling
     sampler = Sampler.for_policy(
         policy,
@@ -193,8 +203,14 @@ def _make_experiment(config: Config) -> Experiment:
         sampler=sampler,
         collector=collector,
         form=_loss_form(config),
-        sharding=sharding,
+        mesh=spread,
     )
+
+
+def _spread(policy: Policy, mesh: jax.sharding.Mesh) -> Policy:
+    """With its parameters where they belong on the mesh."""
+    params = jax.device_put(policy.params, param_shardings(mesh, policy.params))
+    return policy.with_params(params, policy.version)
 
 
 def _loss_form(config: Config) -> LossForm:

@@ -33,7 +33,7 @@ Layout = tuple[jax.sharding.Sharding, ...]
 
 
 class TrainState(NamedTuple):
-    """What an update overwrites: parameters, optimizer state, and gradients summed so far."""
+    """What an update overwrites: trained parameters, optimizer state, and gradients summed so far."""
 
     params: nnx.State
     opt_state: optax.OptState
@@ -121,10 +121,10 @@ def _laid_out(tree: Any, layout: Layout) -> Any:
 
 
 def batch_hidden(
-    params: nnx.State, batch: GroupBatch, graph: nnx.GraphDef, remat: bool
+    params: nnx.State, frozen: nnx.State, batch: GroupBatch, graph: nnx.GraphDef, remat: bool
 ) -> tuple[Array, Array]:
     """Hidden states of a microbatch's slots, [N, K, S, E], and the output projection."""
-    model: Decoder = nnx.merge(graph, params)
+    model: Decoder = nnx.merge(graph, params, frozen)
     hidden = model.suffix_hidden(batch.prefix, batch.rows, batch.packing, remat=remat)
     return hidden, model.head
 
@@ -145,6 +145,7 @@ def by_suffix(values: Array, batch: GroupBatch) -> Array:
 def accumulate(
     gradients: nnx.State,
     params: nnx.State,
+    frozen: nnx.State,
     batch: GroupBatch,
     temperature: Array,
     *,
@@ -153,13 +154,23 @@ def accumulate(
     remat: bool,
     layout: Layout | None = None,
 ) -> tuple[nnx.State, Array]:
-    """Adds a microbatch's gradient, undivided, to `gradients` (donated); returns its loss, undivided.
+    """Adds a microbatch's gradient, undivided, to `gradients`.
 
-    The sum keeps the `layout` of `gradients`; None leaves that to XLA.
+    Args:
+      gradients: donated; of `params`.
+      params: the trained parameters.
+      frozen: the others: the base of LoRA adapters, or none.
+      batch: the microbatch.
+      temperature: scalar float32, of sampling.
+      graph, form, remat: static; `remat` recomputes activations in the backward pass.
+      layout: that of `gradients`, which the sum keeps; None leaves it to XLA.
+
+    Returns:
+      The sum, and the microbatch's loss, undivided.
     """
 
     def loss(params: nnx.State) -> Array:
-        hidden, head = batch_hidden(params, batch, graph, remat)
+        hidden, head = batch_hidden(params, frozen, batch, graph, remat)
         scoring = token_logps_and_entropy if form.entropy_bonus else token_logps
         scored = scoring(hidden, head, batch.targets, temperature=temperature)
         logps, *entropy = (by_suffix(x, batch) for x in jax.tree.leaves(scored))
@@ -194,10 +205,16 @@ def accumulate(
 
 @partial(jax.jit, static_argnames=("graph", "remat"))
 def score(
-    params: nnx.State, batch: GroupBatch, temperature: Array, *, graph: nnx.GraphDef, remat: bool
+    params: nnx.State,
+    frozen: nnx.State,
+    batch: GroupBatch,
+    temperature: Array,
+    *,
+    graph: nnx.GraphDef,
+    remat: bool,
 ) -> Array:
     """Log-probabilities of a microbatch's suffixes, `[N, C, S]`; padding holds any of them."""
-    hidden, head = batch_hidden(params, batch, graph, remat)
+    hidden, head = batch_hidden(params, frozen, batch, graph, remat)
     return by_suffix(token_logps(hidden, head, batch.targets, temperature=temperature), batch)
 
 
@@ -211,10 +228,16 @@ class Scored(NamedTuple):
 
 @partial(jax.jit, static_argnames=("graph", "remat"))
 def measure(
-    params: nnx.State, batch: GroupBatch, temperature: Array, *, graph: nnx.GraphDef, remat: bool
+    params: nnx.State,
+    frozen: nnx.State,
+    batch: GroupBatch,
+    temperature: Array,
+    *,
+    graph: nnx.GraphDef,
+    remat: bool,
 ) -> Scored:
     """What the policy makes of tokens that were sampled."""
-    hidden, head = batch_hidden(params, batch, graph, remat)
+    hidden, head = batch_hidden(params, frozen, batch, graph, remat)
     scored = token_logps_and_entropy(hidden, head, batch.targets, temperature=temperature)
     logps, entropies = (by_suffix(x, batch) for x in scored)
     mask = exists(batch)

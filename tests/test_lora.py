@@ -1,0 +1,165 @@
+"""LoRA: adapters beside frozen matrices, merged, trained alone, written for peft."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+from flax import nnx
+from model_helpers import (
+    FIXTURES,
+    assert_same_params,
+    fixture_folder,
+    random_policy,
+)
+from safetensors.numpy import load_file
+
+from jaxreset.models.adapters import trained
+from jaxreset.models.lora import LINEAR, LoRA
+from jaxreset.models.policy import load_policy
+from jaxreset.parallel import make_mesh, param_shardings
+from jaxreset.sampling import Stream
+
+TOKENS = np.random.default_rng(0).integers(0, 28, (2, 9))
+
+
+def changed(policy, *, size=0.3):
+    """With adapters as training leaves them: A and B both random."""
+    rng = np.random.default_rng(1)
+    adapters, base = trained(policy.params)
+    adapters = jax.tree.map(
+        lambda x: x + jnp.asarray(size * rng.normal(size=x.shape), x.dtype), adapters
+    )
+    return policy.with_params(nnx.merge_state(adapters, base), policy.version)
+
+
+def by_hand(policy, lora):
+    """The base's parameters with W + alpha / rank · A B written out in numpy, matrix by matrix."""
+    flat = dict(nnx.to_flat_state(policy.params))
+    base = {path: param for path, param in flat.items() if "lora" not in path}
+    for name in lora.targets:
+        a, b = (np.asarray(flat["blocks", "lora", name, part][...]) for part in "ab")
+        path = "blocks", name
+        matrix = np.asarray(base[path][...])
+        for layer in range(len(matrix)):
+            product = a[layer] @ b[layer].reshape(lora.rank, -1)
+            matrix = matrix.copy()
+            matrix[layer] += lora.alpha / lora.rank * product.reshape(matrix.shape[1:])
+        base[path] = base[path].replace(jnp.asarray(matrix))
+    return nnx.from_flat_state(base)
+
+
+@pytest.mark.parametrize("targets", [LINEAR, ("o", "gate")], ids=len)
+def test_adapters_compute_what_their_product_added_to_the_matrix_does(policy64, targets):
+    lora = LoRA(3, 6.0, targets)
+    fresh = policy64.with_lora(lora.rank, lora.alpha, targets=targets, seed=1)
+    np.testing.assert_array_equal(fresh.logits(TOKENS), policy64.logits(TOKENS))
+    ours = changed(fresh)
+    expected = policy64.with_params(by_hand(ours, lora), 0)
+    assert np.abs(ours.logits(TOKENS) - policy64.logits(TOKENS)).max() > 0.5
+    np.testing.assert_allclose(ours.logits(TOKENS), expected.logits(TOKENS), atol=1e-11)
+    merged = ours.merged()
+    assert (merged.graph, merged.config) == (policy64.graph, policy64.config)
+    np.testing.assert_allclose(merged.logits(TOKENS), ours.logits(TOKENS), atol=1e-11)
+
+
+def test_adapters_follow_their_seed_and_are_drawn_once(policy32):
+    one, same, other = (policy32.with_lora(2, 2.0, seed=seed) for seed in (3, 3, 4))
+    assert_same_params(one.params, same.params)
+    a, b = (p.params["blocks"]["lora"]["q"]["a"][...] for p in (one, other))
+    assert not np.array_equal(a, b)
+    assert np.abs(a).max() <= TINY.width**-0.5
+    with pytest.raises(ValueError, match="adapters of rank 2 already"):
+        one.with_lora(2, 2.0)
+    with pytest.raises(ValueError, match=r"no matrices \['kv'\]; there are q, k, v, o"):
+        policy32.with_lora(2, 2.0, targets=("kv",))
+
+
+def test_adapters_beside_bfloat16_matrices_are_float32(tokenizer):
+    policy = random_policy(dataclasses.replace(TINY, dtype="bfloat16"), tokenizer)
+    ours = changed(policy.with_lora(4, 4.0), size=0.01)
+    assert {x.dtype for x in jax.tree.leaves(trained(ours.params)[0])} == {jnp.dtype("float32")}
+    assert ours.merged().params["blocks"]["q"][...].dtype == jnp.bfloat16
+    assert np.abs(ours.logits(TOKENS) - policy.logits(TOKENS)).max() > 0
+
+
+def test_sampling_with_adapters_is_sampling_with_merged_matrices(policy64, sampler):
+    ours = changed(policy64.with_lora(3, 6.0, seed=1), size=0.1)
+    prompts = [np.arange(3, 9), np.arange(4, 14)]
+    drawn, merged = (
+        sampler.sample(p, prompts, rows=4, stream=Stream(seed=5)) for p in (ours, ours.merged())
+    )
+    np.testing.assert_array_equal(drawn.tokens, merged.tokens)
+    np.testing.assert_allclose(drawn.behavior_logps, merged.behavior_logps, atol=1e-6)
+
+
+def test_adapters_lie_on_a_mesh_as_their_matrices_do(policy32):
+    params = policy32.with_lora(4, 4.0).params
+    mesh = make_mesh(1, 2, 4)
+    specs = {
+        path[2:]: tuple(p.get_value().spec) if hasattr(p, "get_value") else tuple(p.spec)
+        for path, p in nnx.to_flat_state(param_shardings(mesh, params))
+        if "lora" in path
+    }
+    assert specs["q", "a"] == (None, "fsdp", None)
+    assert specs["q", "b"] == (None, None, "tensor", None)
+    assert specs["o", "a"] == (None, "tensor", None)
+    assert specs["o", "b"] == (None, None, "fsdp")
+    assert specs["down", "a"] == (None, "tensor", None)
+    assert specs["gate", "b"] == (None, None, "tensor")
+
+
+# Folders
+
+
+def test_an_export_is_merged(tmp_path, policy32):
+    ours = changed(policy32.with_lora(3, 6.0))
+    again = load_policy(ours.export(tmp_path / "model"))
+    assert again.config == policy32.config
+    np.testing.assert_allclose(again.logits(TOKENS), ours.logits(TOKENS), rtol=0, atol=1e-4)
+
+
+def test_adapters_are_exported_as_peft_names_them(tmp_path):
+    """Names and shapes as in a folder that peft wrote."""
+    loaded = load_policy(fixture_folder(tmp_path, "qwen2"))
+    ours = changed(loaded.with_lora(3, 6.0))
+    folder = ours.export_adapters(tmp_path / "adapters", base="some/model")
+    written, expected = (
+        {name: x.shape for name, x in load_file(f / "adapter_model.safetensors").items()}
+        for f in (folder, FIXTURES / "qwen2_lora")
+    )
+    assert written == expected
+    settings, theirs = (
+        json.loads((f / "adapter_config.json").read_text())
+        for f in (folder, FIXTURES / "qwen2_lora")
+    )
+    assert settings["base_model_name_or_path"] == "some/model"
+    for key in ("r", "lora_alpha", "peft_type", "task_type", "bias", "fan_in_fan_out"):
+        assert settings[key] == theirs[key]
+    assert {t.rpartition(".")[2] for t in theirs["target_modules"]} == set(
+        settings["target_modules"]
+    )
+    with pytest.raises(ValueError, match="no adapters"):
+        loaded.export_adapters(tmp_path / "other", base="some/model")
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3"])
+def test_peft_computes_what_we_exported(tmp_path, name):
+    torch, peft = (pytest.importorskip(module) for module in ("torch", "peft"))
+    import transformers
+
+    base = fixture_folder(tmp_path, name)
+    loaded = load_policy(base)
+    ours = changed(loaded.with_lora(3, 6.0, targets=("q", "o", "down")))
+    folder = ours.export_adapters(tmp_path / "adapters", base=str(base))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned = peft.PeftModel.from_pretrained(model, folder)
+    with torch.no_grad():
+        theirs = tuned(torch.tensor(TOKENS)).logits.numpy()
+    assert np.abs(theirs - loaded.logits(TOKENS)).max() > 0.1
+    np.testing.assert_allclose(ours.logits(TOKENS), theirs, rtol=0, atol=1e-4)
