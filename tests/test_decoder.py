@@ -13,7 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 from model_helpers import random_params
 
-from jaxreset.models.attention import causal_attention, shared_prefix_attention
+from jaxreset.models.attention import Prefix, causal_attention, shared_prefix_attention
 from jaxreset.models.decoder import KV, DecoderConfig
 from jaxreset.models.packing import one_group_each
 from jaxreset.models.rotary import RopeScaling
@@ -150,26 +150,37 @@ def test_gradient_through_a_shared_prefix_equals_the_unshared_one(shape, remats)
                 np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-9 * scale)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("size", [1, 64, 65, 200, 700])
-def test_causal_attention_in_blocks_equals_that_in_one(size):
+def test_causal_attention_in_blocks_equals_that_in_one(size, recompute):
     with jax.enable_x64(True):
         rng = np.random.default_rng(size)
-        n, heads, kv_heads, width = 2, 4, 2, 8
-        query = jnp.asarray(rng.normal(size=(n, size, heads, width)))
-        keys = jnp.asarray(rng.normal(size=(n, kv_heads, width, size)))
-        values = jnp.asarray(rng.normal(size=(n, kv_heads, size, width)))
+        n, lanes, heads, kv_heads, width, slots = 2, 2, 4, 2, 8, 9
+        query = jnp.asarray(rng.normal(size=(n, lanes, size, heads, width)))
+        keys = jnp.asarray(rng.normal(size=(n, lanes, kv_heads, width, size)))
+        values = jnp.asarray(rng.normal(size=(n, lanes, kv_heads, size, width)))
+        prefix_keys = jnp.asarray(rng.normal(size=(n, kv_heads, width, slots)))
+        prefix_values = jnp.asarray(rng.normal(size=(n, kv_heads, slots, width)))
         weights = jnp.asarray(rng.normal(size=query.shape))
+        segments = np.sort(rng.integers(0, 3, (n, lanes, size)))
+        groups, readers = np.sort(rng.integers(0, 3, (n, slots))), segments
 
-        def plain(query, keys, values):
-            mask = jnp.tril(jnp.ones((size, size), bool))[None, None]
-            own = query[:, None], keys[:, None], values[:, None]
-            return shared_prefix_attention(*own, mask)[:, 0]
+        def blocks(query, keys, values, *shared):
+            prefix = Prefix(*shared, groups, readers)
+            return causal_attention(query, keys, values, segments, prefix, recompute=recompute)
+
+        def plain(query, keys, values, *shared):
+            mask = jnp.tril(jnp.ones((size, size), bool))
+            mask &= segments[..., :, None] == segments[..., None, :]
+            seen = readers[..., :, None] == groups[:, None, None]
+            return shared_prefix_attention(query, keys, values, mask, *shared, seen)
 
         def with_gradients(attention):
             def loss(*args):
                 return (attention(*args) * weights).sum()
 
-            return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(query, keys, values)
+            arguments = query, keys, values, prefix_keys, prefix_values
+            return jax.jit(jax.value_and_grad(loss, range(5)))(*arguments)
 
-        ours, theirs = with_gradients(causal_attention), with_gradients(plain)
+        ours, theirs = with_gradients(blocks), with_gradients(plain)
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), ours, theirs)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from scipy import stats
 
 from jaxreset.groups import Group
@@ -167,9 +168,8 @@ def test_logps_agree_with_a_teacher_forced_pass_and_with_the_trainer(policy, sam
             sampling = round_.sampling_logps[group, row, : len(tokens)]
             np.testing.assert_allclose(sampling, kept[places], rtol=0, atol=tolerance)
         (batch,) = pack(as_groups(round_), [shape])
-        logps = trained_logps(
-            policy.params, batch, np.float32(0.7), graph=policy.graph, remat=False
-        )
+        rest = nnx.State({}), batch, np.float32(0.7)  # nothing is frozen
+        logps = trained_logps(policy.params, *rest, graph=policy.graph, remat=False)
         mask = exists(batch)
         assert mask.sum() == round_.lengths.sum()
         # Packing sorts the rows, and holds what the sampler said in float32.

@@ -10,7 +10,7 @@ decoding step read them in order, and neither is transposed at every token.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,21 @@ Array = jax.Array
 
 LEAST_BLOCK = 64  # queries of `causal_attention`; smaller products don't fill the machine
 MOST_BLOCKS = 8  # each is compiled
+
+
+class Prefix(NamedTuple):
+    """What the lanes of a group read besides their own tokens.
+
+    Attributes:
+      keys, values: `[N, G, D, P]` and `[N, G, P, D]`.
+      groups: `[N, P]` int, which group a slot is of.
+      readers: int, broadcastable to `[N, K, T]`: the group of each token, which sees those slots only.
+    """
+
+    keys: Array
+    values: Array
+    groups: Array
+    readers: Array
 
 
 class Part(NamedTuple):
@@ -68,31 +83,49 @@ def shared_prefix_attention(
 
 
 def causal_attention(
-    query: Array, keys: Array, values: Array, segments: Array | None = None
+    query: Array,
+    keys: Array,
+    values: Array,
+    segments: Array | None = None,
+    prefix: Prefix | None = None,
+    *,
+    recompute: bool = False,
 ) -> Array:
-    """Attention of tokens to themselves and to those before them.
+    """Attention of the tokens of lanes to themselves, to those before them, and to a shared prefix.
 
-    A block of queries reads no key after its last one, which leaves out almost half of the scores.
+    Queries are taken in blocks. A block reads no key after its last one, which leaves out almost half of
+    the scores.
 
     Args:
-      query: `[N, T, H, D]`.
-      keys, values: `[N, G, D, T]` and `[N, G, T, D]`.
-      segments: `[N, T]` int: tokens see those of their own segment only; None: all are of one.
+      query: `[N, K, T, H, D]`.
+      keys, values: `[N, K, G, D, T]` and `[N, K, G, T, D]`.
+      segments: `[N, K, T]` int: tokens see those of their own segment only; None: all of a lane are of one.
+      prefix: what the K lanes of a group share, if anything.
+      recompute: the backward pass computes scores anew, a block at a time, instead of keeping them.
 
     Returns:
-      `[N, T, H, D]` in the dtype of `query`.
+      `[N, K, T, H, D]` in the dtype of `query`.
     """
-    size = query.shape[1]
-    block = max(LEAST_BLOCK, -(-size // MOST_BLOCKS))
-    attended = []
-    for first in range(0, max(size, 1), block):  # once even where there are no tokens
-        end = min(first + block, size)
+    size = query.shape[2]
+    length = max(LEAST_BLOCK, -(-size // MOST_BLOCKS))
+
+    def block(first: int, query: Array, keys: Array, values: Array, *others: Any) -> Array:
+        segments, prefix = others
+        end = min(first + length, size)
         mask = (jnp.arange(end) <= jnp.arange(first, end)[:, None])[None, None]
         if segments is not None:
-            mask &= same_segment(segments[:, None, first:end], segments[:, None, :end])
-        own = query[:, None, first:end], keys[:, None, ..., :end], values[:, None, ..., :end, :]
-        attended.append(shared_prefix_attention(*own, mask)[:, 0])
-    return jnp.concatenate(attended, axis=1)
+            mask &= same_segment(segments[..., first:end], segments[..., :end])
+        own = query[:, :, first:end], keys[..., :end], values[..., :end, :], mask
+        if prefix is None:
+            return shared_prefix_attention(*own)
+        seen = same_segment(prefix.readers[..., first:end], prefix.groups[:, None])
+        return shared_prefix_attention(*own, prefix.keys, prefix.values, seen)
+
+    if recompute:  # the arrays are sliced inside, so that they are kept once and not once a block
+        block = jax.checkpoint(block, static_argnums=0)
+    firsts = range(0, max(size, 1), length)  # once even where there are no tokens
+    attended = [block(first, query, keys, values, segments, prefix) for first in firsts]
+    return jnp.concatenate(attended, axis=2)
 
 
 def same_segment(queries: Array, keys: Array) -> Array:

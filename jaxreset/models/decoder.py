@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxreset.models.attention import causal_attention, same_segment, shared_prefix_attention
+from jaxreset.models.attention import Prefix, causal_attention, shared_prefix_attention
 from jaxreset.models.lora import Adapter, LoRA
 from jaxreset.models.packing import Packing
 from jaxreset.models.rotary import RopeScaling, Rotation, rotate, rotation
@@ -163,7 +163,8 @@ class Block(nnx.Module):
 
     def combine(self, x: Array, attended: Array) -> Array:
         """`x` [..., T, E] and the attention's output [..., T, H, D] -> the layer's output [..., T, E]."""
-        x = x + self._times(attended.reshape(*x.shape[:-1], -1), "o")
+        heads = attended.reshape(*x.shape[:-1], self.config.heads * self.config.head_dim)
+        x = x + self._times(heads, "o")
         y = self.mlp_norm(x)
         return x + self._times(jax.nn.silu(self._times(y, "gate")) * self._times(y, "up"), "down")
 
@@ -248,14 +249,13 @@ class Decoder(nnx.Module):
           `[L, N, 1, G, D, Q]` and `[L, N, 1, G, Q, D]`: a suffix store of one row a group.
         """
         turn = self._turn(prefix_lengths[:, None, None] + jnp.arange(tokens.shape[-1]))
-        causal = _causal_mask(tokens.shape[-1])
-
-        exists = _exist(prefix_lengths, prefix[0].keys.shape[-1])
+        exist = (jnp.arange(prefix[0].keys.shape[-1]) < prefix_lengths[:, None]).astype(jnp.int32)
+        readers = jnp.ones((1, 1, tokens.shape[-1]), jnp.int32)
 
         def layer(x: Array, block: Block, shared: KV) -> tuple[Array, KV]:
             query, keys, values = block.project(x, turn)
             own = KV(*_slots_inside(keys, values))
-            attended = shared_prefix_attention(query, *own, causal, *shared, exists)
+            attended = causal_attention(query, *own, prefix=Prefix(*shared, exist, readers))
             return block.combine(x, attended), own
 
         return self._scan(layer, self.embed[tokens][:, None], prefix)[1]
@@ -276,19 +276,19 @@ class Decoder(nnx.Module):
         """
         turn = self._turn(packing.positions)
         prefix_turn = self._turn(packing.prefix_positions)
-        causal = _causal_mask(rows.shape[-1])
 
         def layer(carry: tuple[Array, Array], block: Block) -> tuple[tuple[Array, Array], None]:
             shared, own = carry
-            shared, keys, values = _self_attend(block, shared, prefix_turn, packing.prefix_groups)
-            query, row_keys, row_values = block.project(own, turn)
-            attended = shared_prefix_attention(
+            shared, seen_keys, seen_values = _self_attend(
+                block, shared, prefix_turn, packing.prefix_groups, recompute=True
+            )
+            query, keys, values = block.project(own, turn)
+            attended = causal_attention(
                 query,
-                *_slots_inside(row_keys, row_values),
-                causal & same_segment(packing.suffixes, packing.suffixes),
-                keys,
-                values,
-                same_segment(packing.groups, packing.prefix_groups[:, None]),
+                *_slots_inside(keys, values),
+                packing.suffixes,
+                Prefix(seen_keys, seen_values, packing.prefix_groups, packing.groups),
+                recompute=True,
             )
             return (shared, block.combine(own, attended)), None
 
@@ -395,12 +395,21 @@ def _take_layer(stack: Block, index: Array | int) -> Block:
 
 
 def _self_attend(
-    block: Block, x: Array, turn: Rotation, segments: Array | None = None
+    block: Block,
+    x: Array,
+    turn: Rotation,
+    segments: Array | None = None,
+    *,
+    recompute: bool = False,
 ) -> tuple[Array, Array, Array]:
     """One causal layer over `x` [N, T, E]; right padding can't be seen from before it."""
     query, keys, values = block.project(x, turn)
     keys, values = _slots_inside(keys, values)
-    return block.combine(x, causal_attention(query, keys, values, segments)), keys, values
+    if segments is not None:
+        segments = segments[:, None]
+    own = query[:, None], keys[:, None], values[:, None]  # one lane
+    attended = causal_attention(*own, segments, recompute=recompute)[:, 0]
+    return block.combine(x, attended), keys, values
 
 
 def _slots_inside(keys: Array, values: Array) -> tuple[Array, Array]:
@@ -411,10 +420,6 @@ def _slots_inside(keys: Array, values: Array) -> tuple[Array, Array]:
 def _exist(lengths: Array, size: int) -> Array:
     """Which of a prefix's slots there are, `[N, 1, 1, size]`."""
     return (jnp.arange(size) < lengths[:, None])[:, None, None]
-
-
-def _causal_mask(size: int) -> Array:
-    return jnp.tril(jnp.ones((size, size), bool))[None, None]
 
 
 def _wide(x: Array) -> jnp.dtype:
