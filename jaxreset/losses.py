@@ -25,7 +25,7 @@ Aggregation = Literal["sequence", "token", "constant"]
 Clip = float | tuple[float, float]
 KLEstimator = Literal["k1", "k2", "k3"]
 
-MOST_LOGITS = 2**25  # that `token_logps` computes at once
+MOST_LOGITS = 2**25  # that a device computes at once
 
 
 def group_advantages(rewards: Array, *, where: Array | None = None, scale: Scale = "std") -> Array:
@@ -64,6 +64,15 @@ def group_advantages(rewards: Array, *, where: Array | None = None, scale: Scale
     return jnp.where(std < 1e-8, 0, centred / jnp.where(std < 1e-8, 1, std))
 
 
+def chunk_size(vocab: int, *, shards: int = 1) -> int:
+    """Tokens whose logits fit on `shards` devices: 2 ** 25 logits on each, or those of 1024 tokens.
+
+    >>> chunk_size(512), chunk_size(152_064), chunk_size(152_064, shards=32)
+    (1024, 220, 7040)
+    """
+    return max(min(MOST_LOGITS // vocab, 1024), 1) * shards
+
+
 def token_logps(
     hidden: Array,
     head: Array,
@@ -75,14 +84,16 @@ def token_logps(
 ) -> Array:
     """Log-probabilities of `tokens`, without ever holding `[..., vocabulary]` logits for all of them.
 
-    Tokens are taken `chunk` at a time; the backward pass recomputes each chunk's logits.
+    Tokens are taken `chunk` at a time, evenly from the entries of the first axis, which may be spread over
+    devices; the backward pass recomputes each chunk's logits.
 
     Args:
       hidden: `[..., E]` final hidden states; the one at a position predicts that position's token.
       head: `[E, V]` output projection.
       tokens: `[...]` int, the tokens to score.
       temperature: logits are divided by it; scalar, may be traced.
-      chunk: tokens whose logits exist at one time; None: as many as make 2 ** 25 logits, at most 1024.
+      chunk: tokens whose logits exist at one time, at least one of each entry; None: `chunk_size` of one
+        device.
       vocab_chunk: columns of `head` whose logits exist at one time; None: all. Leave it at that where
         they are spread over devices.
 
@@ -120,12 +131,13 @@ def _score_tokens(
 ) -> tuple[Array, ...]:
     """Log-probabilities, and entropies if asked for."""
     shape, width = tokens.shape, hidden.shape[-1]
-    count, vocab = tokens.size, head.shape[-1]
-    chunk = min(chunk or max(min(MOST_LOGITS // vocab, 1024), 1), max(count, 1))
+    rows, vocab = shape[0] if len(shape) > 1 else 1, head.shape[-1]
+    count = tokens.size // max(rows, 1)  # of each row
+    chunk = max(min((chunk or chunk_size(vocab)) // max(rows, 1), count), 1)
     blocks = range(0, vocab, vocab_chunk or vocab)
-    padding = -count % chunk
-    flat_hidden = jnp.pad(hidden.reshape(count, width), ((0, padding), (0, 0)))
-    flat_tokens = jnp.pad(tokens.reshape(count), (0, padding))
+    padding = (0, 0), (0, -count % chunk)
+    row_hidden = jnp.pad(hidden.reshape(rows, count, width), (*padding, (0, 0)))
+    row_tokens = jnp.pad(tokens.reshape(rows, count), padding)
     accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
 
     @jax.checkpoint
@@ -134,12 +146,12 @@ def _score_tokens(
         logits = jnp.dot(hidden, head, preferred_element_type=accumulate) / temperature
         inside = (tokens >= 0) & (tokens < head.shape[-1])
         column = jnp.where(inside, tokens, 0)
-        chosen = jnp.take_along_axis(logits, column[:, None], axis=-1)[:, 0]
+        chosen = jnp.take_along_axis(logits, column[..., None], axis=-1)[..., 0]
         total = jax.nn.logsumexp(logits, axis=-1)
         scores = jnp.where(inside, chosen, 0), total
         if not entropy:
             return scores
-        return *scores, (jnp.exp(logits - total[:, None]) * logits).sum(axis=-1)
+        return *scores, (jnp.exp(logits - total[..., None]) * logits).sum(axis=-1)
 
     def score(hidden: Array, tokens: Array) -> tuple[Array, ...]:
         parts = [
@@ -151,12 +163,16 @@ def _score_tokens(
         logps = chosen.sum(axis=0) - total
         return logps, *(total - (jnp.exp(totals - total) * mean).sum(axis=0) for mean in means)
 
-    if flat_tokens.size == chunk:
-        scored = score(flat_hidden, flat_tokens)
+    if row_tokens.shape[1] == chunk:
+        scored = score(row_hidden, row_tokens)
     else:
-        chunks = flat_hidden.reshape(-1, chunk, width), flat_tokens.reshape(-1, chunk)
-        scored = jax.lax.map(lambda c: score(*c), chunks)
-    return tuple(x.reshape(-1)[:count].reshape(shape) for x in scored)
+        chunks = (
+            jnp.moveaxis(x.reshape(rows, -1, chunk, *x.shape[2:]), 1, 0)
+            for x in (row_hidden, row_tokens)
+        )
+        parts = jax.lax.map(lambda c: score(*c), tuple(chunks))  # each [chunks, rows, chunk]
+        scored = tuple(jnp.moveaxis(x, 0, 1).reshape(rows, -1) for x in parts)
+    return tuple(x[:, :count].reshape(shape) for x in scored)
 
 
 def policy_loss(

@@ -7,6 +7,11 @@ import os
 # Read when jax and the Hugging Face libraries are imported, so before them.
 os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
+# Of several test processes each keeps to a core of its own: threads of two would wait for each other.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 import dataclasses
 from pathlib import Path
 

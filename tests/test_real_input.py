@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).parents[1]
 CONFIG = REPOSITORY / "configs" / "gsm8k.yaml"
 GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 TINY = """
-    sampling.max_prompt_tokens=800 sampling.max_response_tokens=64
+    sampling.max_prompt_tokens=800 sampling.max_response_tokens=48
     sampling.max_step_tokens=16 sampling.max_steps=6
     reset.localizer.max_tokens=8 reset.localizer.max_question_tokens=900
     train.steps=3 train.prompts_per_step=4 train.min_signal_groups=0

@@ -50,7 +50,7 @@ FORMS = [
 # Compiling takes most of the time here.
 QUICK = {"compiler_options": {"xla_backend_optimization_level": 0}}
 quick_accumulate = jax.jit(
-    accumulate.__wrapped__, static_argnames=("graph", "form", "remat"), **QUICK
+    accumulate.__wrapped__, static_argnames=("graph", "form", "remat", "mesh"), **QUICK
 )
 quick_measure = jax.jit(measure.__wrapped__, static_argnames=("graph", "remat"), **QUICK)
 
@@ -118,6 +118,7 @@ def summed_gradient(policy, groups, shape=SMALL, form=SEQUENCE, mesh=None, remat
             TEMPERATURE,
             graph=policy.graph,
             form=form,
+            mesh=mesh,
             remat=remat,
         )
         total += float(loss)
@@ -301,11 +302,11 @@ def new_learner(
     train = {"prompts_per_step": 12, "min_signal_groups": 0} | train
     values = {"objective": "grpo", "train": train, "sampling": {"temperature": 0.7}}
     config = parse_config(values | {"loss": {"clip": form.clip}})
-    params, rows = jax.tree.map(lambda p: jnp.asarray(np.array(p)), policy.params), None
+    params = jax.tree.map(lambda p: jnp.asarray(np.array(p)), policy.params)
     if mesh is not None:
-        params, rows = jax.device_put(params, param_shardings(mesh, params)), rows_sharding(mesh)
+        params = jax.device_put(params, param_shardings(mesh, params))
     policy = policy.with_params(params, 0)
-    return Learner(config, policy, OPTIMIZER, form, [shape], rows, on_nonfinite, reference)
+    return Learner(config, policy, OPTIMIZER, form, [shape], mesh, on_nonfinite, reference)
 
 
 class Run(NamedTuple):

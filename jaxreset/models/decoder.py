@@ -261,7 +261,13 @@ class Decoder(nnx.Module):
         return self._scan(layer, self.embed[tokens][:, None], prefix)[1]
 
     def suffix_hidden(
-        self, prefix: Array, rows: Array, packing: Packing, *, remat: bool = False
+        self,
+        prefix: Array,
+        rows: Array,
+        packing: Packing,
+        *,
+        remat: bool = False,
+        layout: jax.sharding.Sharding | None = None,
     ) -> Array:
         """Hidden states of suffixes whose shared prefixes run through the network once.
 
@@ -270,6 +276,8 @@ class Decoder(nnx.Module):
           rows: `[N, K, S]` tokens: of each suffix the last prefix token, then its own but for the last.
           packing: which group and suffix each of them is of; see `one_group_each`.
           remat: recompute activations in the backward pass instead of keeping them.
+          layout: how devices split the hidden states between layers, by their first axis. Left to itself,
+            XLA may split them as the weights are, and sum them over devices in every layer.
 
         Returns:
           `[N, K, S, E]`; the state at a suffix's slot t predicts its t-th token.
@@ -278,6 +286,8 @@ class Decoder(nnx.Module):
         prefix_turn = self._turn(packing.prefix_positions)
 
         def layer(carry: tuple[Array, Array], block: Block) -> tuple[tuple[Array, Array], None]:
+            if layout is not None:
+                carry = jax.lax.with_sharding_constraint(carry, layout)
             shared, own = carry
             shared, seen_keys, seen_values = _self_attend(
                 block, shared, prefix_turn, packing.prefix_groups, recompute=True

@@ -1,7 +1,9 @@
 """The device mesh, and where each array lies on it."""
 
 from jaxreset.parallel.mesh import (
+    AXES,
     cache_sharding,
+    data_shards,
     decode_shardings,
     device_bytes,
     make_mesh,
@@ -10,7 +12,9 @@ from jaxreset.parallel.mesh import (
 )
 
 __all__ = [
+    "AXES",
     "cache_sharding",
+    "data_shards",
     "decode_shardings",
     "device_bytes",
     "make_mesh",

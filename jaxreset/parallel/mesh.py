@@ -65,6 +65,11 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, params)
 
 
+def data_shards(mesh: Mesh | None) -> int:
+    """Into how many parts groups are split; 1 without a mesh."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     """For arrays whose first axis is groups or sequences: split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,12 +16,14 @@ from jaxreset.groups import Group
 from jaxreset.microbatches import GroupBatch, PackShape, empty_batch, pack
 from jaxreset.models.adapters import trained
 from jaxreset.models.policy import Policy
+from jaxreset.parallel import rows_sharding
 from jaxreset.training.checkpoints import Progress
 from jaxreset.training.update import (
     LossForm,
     TrainState,
     accumulate,
     apply,
+    committed,
     init_state,
     layout_of,
     measure,
@@ -47,7 +49,7 @@ class Learner:
       optimizer: see `update.make_optimizer`.
       form: the loss.
       shapes: of microbatches, see `microbatches.pack_shapes`.
-      sharding: of microbatches over the mesh, None for one device.
+      mesh: of devices that microbatches are split over, None for one.
       on_nonfinite: told of the step and the groups whose gradient, or reward, was not finite.
       reference: trained parameters that `form.kl` keeps the policy near to; only read.
     """
@@ -59,20 +61,27 @@ class Learner:
         optimizer: optax.GradientTransformation,
         form: LossForm,
         shapes: Sequence[PackShape],
-        sharding: jax.sharding.Sharding | None = None,
+        mesh: jax.sharding.Mesh | None = None,
         on_nonfinite: Callable[[int, list[Group]], None] = lambda step, groups: None,
         reference: nnx.State | None = None,
     ):
         self.config, self.optimizer, self.form = config, optimizer, form
-        self.shapes, self.sharding = shapes, sharding
+        self.shapes, self._rows = shapes, None if mesh is None else rows_sharding(mesh)
         self.temperature = np.float32(config.sampling.temperature)
-        params, self._frozen = trained(policy.params)
+        self._static: dict[str, Any] = {
+            "graph": policy.graph,
+            "remat": config.train.remat,
+            "mesh": mesh,
+        }
+        params, frozen = trained(policy.params)
+        self._frozen = committed(frozen)
         self.state: TrainState = init_state(params, optimizer)
         self._layout = layout_of(self.state)
         self._gradient_layout = layout_of(self.state.gradients)
         self.progress = Progress(seed=config.seed)
         self._policy = policy
-        self._on_nonfinite, self._reference = on_nonfinite, reference
+        self._on_nonfinite = on_nonfinite
+        self._reference = None if reference is None else committed(reference)
         self._pending: list[Group] = []  # behind the gradients summed so far
 
     @property
@@ -83,7 +92,6 @@ class Learner:
 
     def compile(self) -> None:
         """Compiles the update in all its shapes, without running it."""
-        static = {"graph": self._policy.graph, "remat": self.config.train.remat}
         params, gradients = self.state.params, self.state.gradients
         for shape in self.shapes:
             plain = self._put(empty_batch(shape))
@@ -96,10 +104,10 @@ class Learner:
                 self.temperature,
                 form=self.form,
                 layout=self._gradient_layout,
-                **static,
+                **self._static,
             ).compile()
         smallest = self._frozen, plain, self.temperature
-        measure.lower(params, *smallest, **static).compile()
+        measure.lower(params, *smallest, **self._static).compile()
         apply.lower(
             self.state, np.float32(1), optimizer=self.optimizer, layout=self._layout
         ).compile()
@@ -166,9 +174,8 @@ class Learner:
         if self.form.kl:
             needed["reference_logps"] = self._reference
         placed = self._put(batch) if needed else batch
-        static = {"graph": self._policy.graph, "remat": self.config.train.remat}
         scored = {
-            name: score(params, self._frozen, placed, self.temperature, **static)
+            name: score(params, self._frozen, placed, self.temperature, **self._static)
             for name, params in needed.items()
         }
         return batch._replace(**scored)
@@ -194,10 +201,9 @@ class Learner:
                 self._frozen,
                 self._put(batch),
                 self.temperature,
-                graph=self._policy.graph,
                 form=self.form,
-                remat=self.config.train.remat,
                 layout=self._gradient_layout,
+                **self._static,
             )
             total += float(loss)
         self.state = self.state._replace(gradients=gradients)
@@ -256,8 +262,7 @@ class Learner:
                 self._frozen,
                 self._put(batch),
                 self.temperature,
-                graph=self._policy.graph,
-                remat=self.config.train.remat,
+                **self._static,
             )
             tokens = float(scored.tokens)
             return {
@@ -267,4 +272,4 @@ class Learner:
         return {"logp_gap": 0.0, "policy/entropy": 0.0}
 
     def _put(self, batch: GroupBatch) -> GroupBatch:
-        return jax.device_put(batch, self.sharding)
+        return jax.device_put(batch, self._rows)

@@ -18,7 +18,6 @@ from jaxreset.errors import ConfigError
 from jaxreset.groups import Group, set_advantages
 from jaxreset.models.adapters import trained
 from jaxreset.models.policy import Policy
-from jaxreset.parallel import rows_sharding
 from jaxreset.reporting.curve import draw_curve
 from jaxreset.reporting.display import Display
 from jaxreset.reporting.report import write_report
@@ -99,7 +98,7 @@ def _prepare(
         optimizer,
         experiment.form,
         experiment.plan.pack,
-        None if experiment.mesh is None else rows_sharding(experiment.mesh),
+        experiment.mesh,
         on_nonfinite,
         reference=jax.tree.map(jnp.copy, trained(policy.params)[0]) if config.loss.kl else None,
     )

@@ -18,7 +18,7 @@ from jaxreset.microbatches import PackShape, pack_shapes
 from jaxreset.models.decoder import DecoderConfig
 from jaxreset.models.policy import Policy, load_policy, new_policy
 from jaxreset.objectives import Objective
-from jaxreset.parallel import make_mesh, param_shardings
+from jaxreset.parallel import data_shards, make_mesh, param_shardings
 from jaxreset.sampling import Sampler, Shape, StopRules
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.chain import TOKENIZER, ChainTask
@@ -157,7 +157,7 @@ def make_experiment(config: Config) -> Experiment:
 def _make_experiment(config: Config) -> Experiment:
     objective = config.make_objective()
     mesh = _mesh(config)
-    plan = make_plan(config, objective, shards=mesh.shape["data"] * mesh.shape["fsdp"])
+    plan = make_plan(config, objective, shards=data_shards(mesh))
     task = make_task(config.task)
     problems = _problems(config, task)
     policy = _policy(config)

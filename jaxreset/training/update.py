@@ -19,6 +19,7 @@ from jaxreset.config import Optimizer
 from jaxreset.losses import (
     Aggregation,
     KLEstimator,
+    chunk_size,
     importance_weights,
     kl_penalty,
     policy_loss,
@@ -27,9 +28,10 @@ from jaxreset.losses import (
 )
 from jaxreset.microbatches import GroupBatch
 from jaxreset.models.decoder import Decoder
+from jaxreset.parallel import data_shards, rows_sharding
 
 Array = jax.Array
-Layout = tuple[jax.sharding.Sharding, ...]
+Layout = tuple[jax.sharding.Sharding, ...] | None
 
 
 class TrainState(NamedTuple):
@@ -88,10 +90,7 @@ def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformatio
 def init_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
     """State at step 0; optimizer moments and gradients lie where their parameters do."""
 
-    def sharding(x: Array) -> jax.sharding.Sharding:
-        return x.sharding
-
-    shardings = jax.tree.map(sharding, params)
+    shardings = jax.tree.map(_sharding, params)
     replicated = jax.tree.leaves(shardings)[0]
     if isinstance(replicated, jax.sharding.NamedSharding):
         replicated = jax.sharding.NamedSharding(replicated.mesh, jax.sharding.PartitionSpec())
@@ -103,29 +102,47 @@ def init_state(params: nnx.State, optimizer: optax.GradientTransformation) -> Tr
         transform_non_params=lambda _: replicated,
     )
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-    # Placed by name, as an update's results are: else the second step would compile anew.
-    params = jax.device_put(params, shardings)
     zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like), out_shardings=shardings)(params)
-    return TrainState(params, opt_state, zeros)
+    return TrainState(committed(params), opt_state, zeros)
+
+
+def committed(tree: Any) -> Any:
+    """The arrays bound to where they lie, as an update's and a checkpoint's are: others compile anew."""
+    return jax.device_put(tree, jax.tree.map(_sharding, tree))
+
+
+def _sharding(x: Array) -> jax.sharding.Sharding:
+    return x.sharding
 
 
 def layout_of(tree: Any) -> Layout:
-    """The sharding of each leaf; hashable, so a static argument."""
-    return tuple(leaf.sharding for leaf in jax.tree.leaves(tree))
+    """The sharding of each leaf, hashable, so a static argument; None where all lie on one device."""
+    shardings = tuple(leaf.sharding for leaf in jax.tree.leaves(tree))
+    return shardings if any(len(s.device_set) > 1 for s in shardings) else None
 
 
 def _laid_out(tree: Any, layout: Layout) -> Any:
     """`tree` in that layout: left to itself, XLA may give a result another than its input's."""
+    if layout is None:
+        return tree
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(structure, map(jax.lax.with_sharding_constraint, leaves, layout))
 
 
 def batch_hidden(
-    params: nnx.State, frozen: nnx.State, batch: GroupBatch, graph: nnx.GraphDef, remat: bool
+    params: nnx.State,
+    frozen: nnx.State,
+    batch: GroupBatch,
+    graph: nnx.GraphDef,
+    remat: bool,
+    mesh: jax.sharding.Mesh | None,
 ) -> tuple[Array, Array]:
     """Hidden states of a microbatch's slots, [N, K, S, E], and the output projection."""
     model: Decoder = nnx.merge(graph, params, frozen)
-    hidden = model.suffix_hidden(batch.prefix, batch.rows, batch.packing, remat=remat)
+    layout = None if mesh is None else rows_sharding(mesh)
+    hidden = model.suffix_hidden(
+        batch.prefix, batch.rows, batch.packing, remat=remat, layout=layout
+    )
     return hidden, model.head
 
 
@@ -141,7 +158,11 @@ def by_suffix(values: Array, batch: GroupBatch) -> Array:
     return taken.reshape(cells.shape)
 
 
-@partial(jax.jit, static_argnames=("graph", "form", "remat", "layout"), donate_argnames="gradients")
+@partial(
+    jax.jit,
+    static_argnames=("graph", "form", "remat", "mesh", "layout"),
+    donate_argnames="gradients",
+)
 def accumulate(
     gradients: nnx.State,
     params: nnx.State,
@@ -152,7 +173,8 @@ def accumulate(
     graph: nnx.GraphDef,
     form: LossForm,
     remat: bool,
-    layout: Layout | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    layout: Layout = None,
 ) -> tuple[nnx.State, Array]:
     """Adds a microbatch's gradient, undivided, to `gradients`.
 
@@ -163,6 +185,7 @@ def accumulate(
       batch: the microbatch.
       temperature: scalar float32, of sampling.
       graph, form, remat: static; `remat` recomputes activations in the backward pass.
+      mesh: static; its data shards split the bins. None: one device.
       layout: that of `gradients`, which the sum keeps; None leaves it to XLA.
 
     Returns:
@@ -170,9 +193,10 @@ def accumulate(
     """
 
     def loss(params: nnx.State) -> Array:
-        hidden, head = batch_hidden(params, frozen, batch, graph, remat)
+        hidden, head = batch_hidden(params, frozen, batch, graph, remat, mesh)
         scoring = token_logps_and_entropy if form.entropy_bonus else token_logps
-        scored = scoring(hidden, head, batch.targets, temperature=temperature)
+        chunk = chunk_size(head.shape[-1], shards=data_shards(mesh))
+        scored = scoring(hidden, head, batch.targets, temperature=temperature, chunk=chunk)
         logps, *entropy = (by_suffix(x, batch) for x in jax.tree.leaves(scored))
         mask, weights, penalties = exists(batch), None, jnp.zeros_like(logps)
         old = batch.old_logps if form.recompute else None
@@ -200,10 +224,10 @@ def accumulate(
 
     value, gradient = jax.value_and_grad(loss)(params)
     total = jax.tree.map(jnp.add, gradients, gradient)
-    return total if layout is None else _laid_out(total, layout), value
+    return _laid_out(total, layout), value
 
 
-@partial(jax.jit, static_argnames=("graph", "remat"))
+@partial(jax.jit, static_argnames=("graph", "remat", "mesh"))
 def score(
     params: nnx.State,
     frozen: nnx.State,
@@ -212,10 +236,13 @@ def score(
     *,
     graph: nnx.GraphDef,
     remat: bool,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Array:
     """Log-probabilities of a microbatch's suffixes, `[N, C, S]`; padding holds any of them."""
-    hidden, head = batch_hidden(params, frozen, batch, graph, remat)
-    return by_suffix(token_logps(hidden, head, batch.targets, temperature=temperature), batch)
+    hidden, head = batch_hidden(params, frozen, batch, graph, remat, mesh)
+    chunk = chunk_size(head.shape[-1], shards=data_shards(mesh))
+    logps = token_logps(hidden, head, batch.targets, temperature=temperature, chunk=chunk)
+    return by_suffix(logps, batch)
 
 
 class Scored(NamedTuple):
@@ -226,7 +253,7 @@ class Scored(NamedTuple):
     tokens: Array
 
 
-@partial(jax.jit, static_argnames=("graph", "remat"))
+@partial(jax.jit, static_argnames=("graph", "remat", "mesh"))
 def measure(
     params: nnx.State,
     frozen: nnx.State,
@@ -235,10 +262,14 @@ def measure(
     *,
     graph: nnx.GraphDef,
     remat: bool,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Scored:
     """What the policy makes of tokens that were sampled."""
-    hidden, head = batch_hidden(params, frozen, batch, graph, remat)
-    scored = token_logps_and_entropy(hidden, head, batch.targets, temperature=temperature)
+    hidden, head = batch_hidden(params, frozen, batch, graph, remat, mesh)
+    chunk = chunk_size(head.shape[-1], shards=data_shards(mesh))
+    scored = token_logps_and_entropy(
+        hidden, head, batch.targets, temperature=temperature, chunk=chunk
+    )
     logps, entropies = (by_suffix(x, batch) for x in scored)
     mask = exists(batch)
     gaps = jnp.where(mask, jnp.abs(logps - batch.behavior_logps), 0)
@@ -251,7 +282,7 @@ def apply(
     normalizer: Array,
     *,
     optimizer: optax.GradientTransformation,
-    layout: Layout | None = None,
+    layout: Layout = None,
 ) -> tuple[TrainState, Array]:
     """One optimizer step with `gradients / normalizer`, which start from 0 again.
 
@@ -277,7 +308,7 @@ def apply(
     params, opt_state = jax.lax.cond(jnp.isfinite(norm), step, skip, None)
     zeros = jax.tree.map(jnp.zeros_like, state.gradients)
     after = TrainState(params, opt_state, zeros)
-    return after if layout is None else _laid_out(after, layout), norm
+    return _laid_out(after, layout), norm
 
 
 @partial(jax.jit, static_argnames="layout", donate_argnames="gradients")
