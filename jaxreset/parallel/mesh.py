@@ -75,6 +75,15 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def head_sharding(mesh: Mesh, vocab: int) -> NamedSharding:
+    """For the output projection `[E, V]` where logits are made: split over tensor only.
+
+    Left to itself, XLA may gather the logits of all shards instead.
+    """
+    axis = "tensor" if vocab % mesh.shape["tensor"] == 0 else None
+    return NamedSharding(mesh, PartitionSpec(None, axis))
+
+
 def cache_sharding(mesh: Mesh, shape: tuple[int, ...], head_axis: int) -> NamedSharding:
     """For keys or values `[L, N, ...]`: groups split as by `rows_sharding`, heads over tensor.
 

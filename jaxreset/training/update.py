@@ -28,7 +28,7 @@ from jaxreset.losses import (
 )
 from jaxreset.microbatches import GroupBatch
 from jaxreset.models.decoder import Decoder
-from jaxreset.parallel import data_shards, rows_sharding
+from jaxreset.parallel import data_shards, head_sharding, rows_sharding
 
 Array = jax.Array
 Layout = tuple[jax.sharding.Sharding, ...] | None
@@ -139,11 +139,14 @@ def batch_hidden(
 ) -> tuple[Array, Array]:
     """Hidden states of a microbatch's slots, [N, K, S, E], and the output projection."""
     model: Decoder = nnx.merge(graph, params, frozen)
-    layout = None if mesh is None else rows_sharding(mesh)
+    head, layout = model.head, None
+    if mesh is not None:
+        layout = rows_sharding(mesh)
+        head = jax.lax.with_sharding_constraint(head, head_sharding(mesh, head.shape[-1]))
     hidden = model.suffix_hidden(
         batch.prefix, batch.rows, batch.packing, remat=remat, layout=layout
     )
-    return hidden, model.head
+    return hidden, head
 
 
 def exists(batch: GroupBatch) -> Array:
