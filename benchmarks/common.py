@@ -9,7 +9,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 import venv
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -20,7 +19,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxreset.models.decoder import Decoder, DecoderConfig
+from jaxreset.models.block import DecoderConfig
+from jaxreset.models.decoder import Decoder
 from jaxreset.models.policy import Policy
 
 TUNIX = "google-tunix==0.1.7"
@@ -38,10 +38,6 @@ def new_policy(sizes: dict[str, int] = SIZES) -> Policy:
     graph, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
     tokenizer: Any = None
     return Policy(graph, params, config, tokenizer, eos_ids=())
-
-
-def random_prompts(count: int, length: int, seed: int = 0) -> list[np.ndarray]:
-    return list(np.random.default_rng(seed).integers(1, SIZES["vocab"], (count, length)))
 
 
 class Tunix:
@@ -87,17 +83,6 @@ class Tunix:
 
 def _lists(rows: list[np.ndarray]) -> list[list[int]]:
     return [[int(token) for token in row] for row in rows]
-
-
-def timed(draw: Callable[[int], Any]) -> Contender:
-    """Seconds of a call that returns when its tokens are on the host."""
-
-    def run(seed: int) -> float:
-        start = time.perf_counter()
-        draw(seed)
-        return time.perf_counter() - start
-
-    return run
 
 
 def take_turns(contenders: dict[str, Contender], repeats: int) -> dict[str, float]:

@@ -10,11 +10,12 @@ environment of its own, `benchmarks/.tunix`, made on the first run; transformers
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from common import SIZES, Contender, Tunix, new_policy, random_prompts, run_parts, take_turns, timed
+from common import SIZES, Contender, Tunix, new_policy, run_parts, take_turns
 
 from jaxreset.models.policy import Policy
 from jaxreset.sampling import Round, Sampler, Shape, Snapshot, StopRules, Stream, schedule
@@ -42,6 +43,21 @@ def new_sampler(
     words = [b"\n", *(i.to_bytes(3) for i in range(1, vocab))]
     automaton = build_automaton(words, delimiter="\n", vocab_size=vocab)
     return Sampler(automaton, StopRules(most), shapes=shapes, forks=list(forks), **options)
+
+
+def random_prompts(count: int, length: int, seed: int = 0) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).integers(1, SIZES["vocab"], (count, length)))
+
+
+def timed(draw: Callable[[int], Any]) -> Contender:
+    """Seconds of a call that returns when its tokens are on the host."""
+
+    def run(seed: int) -> float:
+        start = time.perf_counter()
+        draw(seed)
+        return time.perf_counter() - start
+
+    return run
 
 
 def transformers_contender(prompts: list[np.ndarray], new: int) -> Contender:

@@ -20,7 +20,7 @@ import pytest
 from model_helpers import random_policy
 from transformers import AutoTokenizer
 
-from jaxreset.models.decoder import DecoderConfig
+from jaxreset.models.block import DecoderConfig
 from jaxreset.sampling import Sampler, Shape, StopRules
 from jaxreset.steps import build_automaton, token_bytes
 from jaxreset.tasks.chain import TOKENIZER

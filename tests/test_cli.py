@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from jaxreset import cli
 from jaxreset.errors import RunError
-from jaxreset.models.decoder import DecoderConfig
+from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import load_policy
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask

@@ -22,7 +22,7 @@ from model_helpers import (
 from safetensors.numpy import load_file
 
 from jaxreset.models import huggingface, policy
-from jaxreset.models.decoder import DecoderConfig
+from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import load_policy, new_policy
 from jaxreset.models.rotary import RopeScaling
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from jaxreset.config_file import load_config
 from jaxreset.errors import ConfigError
 from jaxreset.models.adapters import trained
-from jaxreset.models.decoder import DecoderConfig
+from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import load_policy
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.math import MathTask

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from jaxreset import cli
 from jaxreset.config_file import dump_config, load_config
-from jaxreset.models.decoder import DecoderConfig
+from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import load_policy
 from jaxreset.tasks.chain import TOKENIZER
 from jaxreset.training.compiles import compiles

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sampling import assert_rounds_equal, random_prompts, random_snapshots
 
-from jaxreset.models.decoder import KV, Decoder, DecoderConfig
+from jaxreset.models.block import DecoderConfig
+from jaxreset.models.decoder import KV, Decoder
 from jaxreset.parallel import make_mesh, param_shardings
 from jaxreset.sampling import Sampler, Shape, StopRules, Stream, decoding, schedule, streams
 from jaxreset.sampling.decoding import Limits, decode

@@ -26,7 +26,8 @@ from jaxreset.errors import RunError
 from jaxreset.groups import Group
 from jaxreset.microbatches import PackShape, empty_batch, pack
 from jaxreset.models.adapters import trained
-from jaxreset.models.decoder import Decoder, DecoderConfig
+from jaxreset.models.block import DecoderConfig
+from jaxreset.models.decoder import Decoder
 from jaxreset.models.lora import LoRA
 from jaxreset.models.rotary import RopeScaling
 from jaxreset.parallel import make_mesh, param_shardings, rows_sharding

@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from jaxreset.models.decoder import Block, Decoder, DecoderConfig
+from jaxreset.models.block import Block, DecoderConfig
+from jaxreset.models.decoder import Decoder
 from jaxreset.models.huggingface import abstract_decoder, new_folder, tensor_table, write_json
 from jaxreset.models.lora import AdapterParam, LoRA
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-LEAST_BLOCK = 64  # queries of `causal_attention`; smaller products don't fill the machine
+LEAST_BLOCK = 128  # queries of `causal_attention`; smaller products don't fill the machine
 MOST_BLOCKS = 8  # each is compiled
 
 

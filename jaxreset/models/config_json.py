@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxreset.models.decoder import DecoderConfig
+from jaxreset.models.block import DecoderConfig
 from jaxreset.models.rotary import RopeScaling
 
 FILE = "config.json"

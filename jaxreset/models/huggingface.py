@@ -26,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxreset.models import config_json
+from jaxreset.models.block import DecoderConfig
 from jaxreset.models.config_json import read_config, read_json
-from jaxreset.models.decoder import Decoder, DecoderConfig
+from jaxreset.models.decoder import Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

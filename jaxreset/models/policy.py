@@ -25,8 +25,9 @@ import numpy as np
 from flax import nnx
 
 from jaxreset.models import adapters, huggingface
+from jaxreset.models.block import DecoderConfig
 from jaxreset.models.config_json import read_json
-from jaxreset.models.decoder import Decoder, DecoderConfig
+from jaxreset.models.decoder import Decoder
 from jaxreset.models.lora import LINEAR, LoRA, Target
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ import functools
 import jax
 from flax import nnx
 
-from jaxreset.models.decoder import Decoder, DecoderConfig
+from jaxreset.models.block import DecoderConfig
+from jaxreset.models.decoder import Decoder
 
 
 @functools.cache

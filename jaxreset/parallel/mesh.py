@@ -52,9 +52,7 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
         axes = next((PARAM_AXES[name] for name in reversed(names) if name in PARAM_AXES), ())
-        if (
-            "lora" in names
-        ):  # A as the inputs of the matrix lie, B as its outputs; the rank is whole
+        if "lora" in names:  # A lies as the matrix's inputs, B as its outputs; the rank is whole
             axes = (None, axes[1], None) if "a" in names else (None, None, *axes[2 - leaf.ndim :])
         fitting = (
             axis if axis and size % mesh.shape[axis] == 0 else None

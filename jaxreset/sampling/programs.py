@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxreset.models.decoder import Decoder, DecoderConfig, Store
+from jaxreset.models.block import DecoderConfig
+from jaxreset.models.decoder import Decoder, Store
 from jaxreset.models.policy import Policy
 from jaxreset.models.unstacked import unstack, unstacked_graph
 from jaxreset.parallel import decode_shardings, rows_sharding

@@ -15,7 +15,7 @@ import numpy as np
 from jaxreset.config import Config
 from jaxreset.errors import ConfigError
 from jaxreset.microbatches import PackShape, pack_shapes
-from jaxreset.models.decoder import DecoderConfig
+from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import Policy, load_policy, new_policy
 from jaxreset.objectives import Objective
 from jaxreset.parallel import data_shards, make_mesh, param_shardings
