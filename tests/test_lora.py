@@ -88,14 +88,25 @@ def test_adapters_beside_bfloat16_matrices_are_float32(tokenizer):
     assert np.abs(ours.logits(TOKENS) - policy.logits(TOKENS)).max() > 0
 
 
-def test_sampling_with_adapters_is_sampling_with_merged_matrices(policy64, sampler):
-    ours = changed(policy64.with_lora(3, 6.0, seed=1), size=0.1)
+@pytest.mark.parametrize("on_cpu", [True, False])  # there, adapters are merged for decoding
+def test_sampled_logps_are_those_of_the_policy_with_adapters(
+    policy64, sampler, monkeypatch, on_cpu
+):
+    monkeypatch.setattr(sampler._programs, "_on_cpu", on_cpu)
+    policy = changed(policy64.with_lora(3, 6.0, seed=1), size=0.1)
     prompts = [np.arange(3, 9), np.arange(4, 14)]
-    drawn, merged = (
-        sampler.sample(p, prompts, rows=4, stream=Stream(seed=5)) for p in (ours, ours.merged())
-    )
-    np.testing.assert_array_equal(drawn.tokens, merged.tokens)
-    np.testing.assert_allclose(drawn.behavior_logps, merged.behavior_logps, atol=1e-6)
+    drawn = sampler.sample(policy, prompts, rows=4, stream=Stream(seed=5))
+
+    tokens = np.zeros((8, 36), np.int32)  # right-padded
+    for row, (n, k) in zip(tokens, np.ndindex(2, 4), strict=True):
+        whole = np.concatenate([prompts[n], drawn.response(n, k)])
+        row[: len(whole)] = whole
+    logps = jax.nn.log_softmax(policy.logits(tokens)).reshape(2, 4, *tokens.shape[1:], -1)
+    for n, k in np.ndindex(2, 4):
+        response, first = drawn.response(n, k), len(prompts[n]) - 1
+        expected = logps[n, k, first + np.arange(len(response)), response]
+        ours = drawn.behavior_logps[n, k, : len(response)]
+        np.testing.assert_allclose(ours, expected, atol=1e-6)  # kept in float32
 
 
 def test_adapters_lie_on_a_mesh_as_their_matrices_do(policy32):

@@ -320,7 +320,11 @@ class Programs:
         if self._mesh not in layouts:
             graph, params = policy.graph, policy.params
             if self._on_cpu:
-                graph, params = unstacked_graph(policy.config), unstack(params, graph=graph)
+                # Adapters cost time at every token, but merged in bfloat16 they would be rounded away.
+                wide = jnp.finfo(policy.config.dtype).bits >= 32
+                plain = policy.merged() if wide else policy
+                graph = unstacked_graph(plain.config)
+                params = unstack(plain.params, graph=plain.graph)
             if self._mesh is not None:
                 params = jax.device_put(params, decode_shardings(self._mesh, params))
             layouts[self._mesh] = graph, params
