@@ -62,6 +62,14 @@ def _forget_programs(most_maps: int) -> None:
         jax.clear_caches()
 
 
+@pytest.fixture
+def hasty():
+    """The test's programs are compiled without most optimizations, in half the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """The chain task's: 28 tokens, characters but for `\\boxed{`."""

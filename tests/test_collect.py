@@ -71,11 +71,12 @@ def test_grpo_draws_one_group_of_eight():
 
 
 def test_what_a_group_holds_of_its_rows():
-    run = collect(make_objective("grpo"), {0: "S123S0TS"})
+    run = collect(make_objective("grpo"), {0: "S123S0TC"})
     drawn = run.rounds.calls[0].drawn
     assert decode(run.groups[0].suffixes[5]) == ""
     assert [len(s) for s in run.groups[0].suffixes] == drawn.lengths[0].tolist()
     assert run.groups[0].suffixes[5].tolist() == encode(EOS).tolist()  # EOS carries the loss
+    assert run.groups[0].cut.tolist() == [False] * 7 + [True]
     for row, logps in enumerate(run.groups[0].behavior_logps):
         expected = drawn.behavior_logps[0, row, : drawn.lengths[0, row]]
         np.testing.assert_array_equal(logps, expected)

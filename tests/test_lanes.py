@@ -74,6 +74,7 @@ def three_rounds(sampler, policy, seed):
     return rounds
 
 
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize(
     "options",
     [{"streams": 2}, {"streams": 3, "slots": 24}, {"streams": 3, "hold_cache": "never"}],
@@ -89,6 +90,7 @@ def test_streams_draw_what_one_draws(policy64, make_sampler, options):
             assert len(theirs.held) == (0 if "hold_cache" in options else options["streams"])
 
 
+@pytest.mark.usefixtures("hasty")
 def test_no_more_rows_decode_at_once_than_slots_allow(policy32, make_sampler):
     prompts = random_prompts(5)
     for slots, parts in ((4, 1), (8, 2), (11, 2), (12, 3), (400, 3)):
@@ -108,6 +110,7 @@ def test_samplers_share_the_layout_of_a_policy(policy32, make_sampler):
     assert len(programs._LAYOUTS) == count - 1  # the copy goes with the policy
 
 
+@pytest.mark.usefixtures("hasty")
 def test_the_layout_of_accelerators_draws_the_same(policy64, make_sampler):
     """There all layers are in one stack, and one loop runs over them."""
     there = make_sampler()

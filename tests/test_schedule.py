@@ -147,6 +147,7 @@ def make_sampler(automaton):
     return make
 
 
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize(("dtype", "slots"), [("float64", None), ("float32", 8)], ids=str)
 def test_segments_change_no_token(policies, make_sampler, monkeypatch, dtype, slots):
     """Narrow windows, rows that wait and batches that shrink draw what one plain loop draws."""
