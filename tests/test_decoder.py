@@ -151,9 +151,12 @@ def test_gradient_through_a_shared_prefix_equals_the_unshared_one(shape, remats)
                 np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-9 * scale)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("alone", "recompute"), [(True, False), (False, False), (False, True)], ids=str
+)
 @pytest.mark.parametrize("size", [1, 128, 129, 300, 1100])
-def test_causal_attention_in_blocks_equals_that_in_one(size, recompute):
+def test_causal_attention_in_blocks_equals_that_in_one(size, alone, recompute):
+    """`alone`: of lanes of one segment, without a prefix."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(size)
         n, lanes, heads, kv_heads, width, slots = 2, 2, 4, 2, 8, 9
@@ -167,11 +170,15 @@ def test_causal_attention_in_blocks_equals_that_in_one(size, recompute):
         groups, readers = np.sort(rng.integers(0, 3, (n, slots))), segments
 
         def blocks(query, keys, values, *shared):
+            if alone:
+                return causal_attention(query, keys, values)
             prefix = Prefix(*shared, groups, readers)
             return causal_attention(query, keys, values, segments, prefix, recompute=recompute)
 
         def plain(query, keys, values, *shared):
             mask = jnp.tril(jnp.ones((size, size), bool))
+            if alone:
+                return shared_prefix_attention(query, keys, values, mask[None, None])
             mask &= segments[..., :, None] == segments[..., None, :]
             seen = readers[..., :, None] == groups[:, None, None]
             return shared_prefix_attention(query, keys, values, mask, *shared, seen)

@@ -158,8 +158,8 @@ def config_of(files, folder, objective, *overrides):
     return load_config(CONFIG, [*TINY.split(), *overrides])
 
 
-def run(files, folder, objective):
-    return train(config_of(files, folder, objective))
+def run(files, folder, objective, *overrides):
+    return train(config_of(files, folder, objective, *overrides))
 
 
 @pytest.mark.parametrize("objective", ["grpo", "rrpo", "srpo", "ladder"])
@@ -171,7 +171,10 @@ def test_a_folder_of_transformers_trains_and_exports_to_it_again(real_input, tmp
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    result = run(real_input, tmp_path / "run", "srpo")
+    windows = (
+        "sampling.max_response_tokens=64"  # enough for two of them, and for batches that shrink
+    )
+    result = run(real_input, tmp_path / "run", "srpo", windows)
     check_run(result, real_input)
     exported = result.policy.export(tmp_path / "exported")
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)

@@ -148,7 +148,9 @@ def make_sampler(automaton):
 
 
 @pytest.mark.usefixtures("hasty")
-@pytest.mark.parametrize(("dtype", "slots"), [("float64", None), ("float32", 8)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "slots"), [("float64", None), ("float64", 8), ("float32", 8)], ids=str
+)
 def test_segments_change_no_token(policies, make_sampler, monkeypatch, dtype, slots):
     """Narrow windows, rows that wait and batches that shrink draw what one plain loop draws."""
     policy, atol = policies[dtype], {"float64": 1e-9, "float32": 1e-5}[dtype]

@@ -133,7 +133,7 @@ class Decoder(nnx.Module):
           `[L, N, 1, G, D, Q]` and `[L, N, 1, G, Q, D]`: a suffix store of one row a group.
         """
         turn = self._turn(prefix_lengths[:, None, None] + jnp.arange(tokens.shape[-1]))
-        exist = (jnp.arange(prefix[0].keys.shape[-1]) < prefix_lengths[:, None]).astype(jnp.int32)
+        exist = _exist(prefix_lengths, prefix[0].keys.shape[-1])[:, 0, 0].astype(jnp.int32)
         readers = jnp.ones((1, 1, tokens.shape[-1]), jnp.int32)
 
         def layer(x: Array, block: Block, shared: KV) -> tuple[Array, KV]:
