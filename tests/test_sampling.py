@@ -15,6 +15,7 @@ from jaxreset.groups import Group
 from jaxreset.microbatches import PackShape, pack
 from jaxreset.parallel import make_mesh, param_shardings
 from jaxreset.sampling import Sampler, Shape, Snapshot, StopReason, StopRules, Stream
+from jaxreset.sampling.programs import Programs
 from jaxreset.steps import build_automaton, token_bytes
 from jaxreset.training.compiles import compiles
 from jaxreset.training.update import exists, score
@@ -512,7 +513,7 @@ def test_bad_inputs_are_named(policy32, sampler, name):
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1)], ids=str)
-def test_a_mesh_draws_the_tokens_of_one_device(policy64, sampler, sizes):
+def test_a_mesh_draws_the_tokens_of_one_device(policy64, sampler, sizes, monkeypatch):
     mesh = make_mesh(*sizes)
     spread = Sampler(
         sampler.automaton,
@@ -532,12 +533,14 @@ def test_a_mesh_draws_the_tokens_of_one_device(policy64, sampler, sizes):
         assert_rounds_equal(here, there)
         keys = there.held[0].pages.stores[0][0].keys
         assert keys.sharding.shard_shape(keys.shape)[1] == sizes[2]  # 8 groups are split
-        if sizes[0] == 2:
-            # Most prefixes lie on another shard than the groups that continue them.
-            snapshots = random_snapshots(here, CUTS, seed=9)
-            elsewhere = [snapshot._replace(round=there) for snapshot in snapshots]
-            here = sampler.resume(policy64, snapshots, rows=1, **draw)
-            assert_rounds_equal(here, spread.resume(sharded, elsewhere, rows=1, **draw))
+        # As many as each shard has room for, or (prefilled then) more of one shard's.
+        cuts = random_snapshots(here, CUTS, seed=9)
+        cuts = cuts[: CUTS // 2] if sizes[0] == 2 else [cut for cut in cuts if cut.group == 3] * 2
+        elsewhere = [cut._replace(round=there) for cut in cuts]
+        with monkeypatch.context() as patch:
+            patch.setattr(Programs, "prefill" if sizes[0] == 2 else "fork", None)  # not called
+            there = spread.resume(sharded, elsewhere, rows=1, **draw)
+        assert_rounds_equal(sampler.resume(policy64, cuts, rows=1, **draw), there)
 
 
 def assert_rounds_equal(ours, theirs, atol=1e-9):

@@ -10,12 +10,15 @@ decoding step read them in order, and neither is transposed at every token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 Array = jax.Array
+Attend = Callable[..., Array]  # with the arguments of `shared_prefix_attention`
 
 LEAST_BLOCK = 128  # queries of `causal_attention`; smaller products don't fill the machine
 MOST_BLOCKS = 8  # each is compiled
@@ -80,6 +83,30 @@ def shared_prefix_attention(
         part = _merge(part, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), shared))
     out = part.weighted / part.total[..., None]
     return jnp.moveaxis(out, 2, 3).reshape(n, k, t, heads, width).astype(query.dtype)
+
+
+def attend_by_heads(mesh: Mesh) -> Attend:
+    """`shared_prefix_attention` where heads are split over tensor: each device attends with its own.
+
+    Left to itself XLA may exchange parts of the heads' scores. Inside `shard_map` over the data axes; where
+    `tensor` doesn't divide the key-value heads, it is XLA's to see to.
+    """
+
+    def attend(query: Array, keys: Array, values: Array, mask: Array, *prefix: Array) -> Array:
+        args = query, keys, values, mask, *prefix
+        if keys.shape[2] % mesh.shape["tensor"]:
+            return shared_prefix_attention(*args)
+        whole, heads = PartitionSpec(), PartitionSpec(None, None, None, "tensor")
+        own, shared = PartitionSpec(None, None, "tensor"), PartitionSpec(None, "tensor")
+        return jax.shard_map(
+            shared_prefix_attention,
+            in_specs=(heads, own, own, whole, shared, shared, whole)[: len(args)],
+            out_specs=heads,
+            axis_names={"tensor"},
+            check_vma=False,
+        )(*args)
+
+    return attend
 
 
 def causal_attention(

@@ -26,7 +26,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxreset.models.attention import Prefix, causal_attention, shared_prefix_attention
+from jaxreset.models.attention import (
+    Attend,
+    Prefix,
+    causal_attention,
+    shared_prefix_attention,
+)
 from jaxreset.models.block import Block, DecoderConfig, RMSNorm
 from jaxreset.models.packing import Packing
 from jaxreset.models.rotary import Rotation, rotation
@@ -210,6 +215,7 @@ class Decoder(nnx.Module):
         prefix_lengths: Array,
         suffix: Store,
         place: Place | None = None,
+        attend: Attend = shared_prefix_attention,
     ) -> tuple[Array, Store]:
         """One decoding step for K rows of N groups.
 
@@ -220,6 +226,7 @@ class Decoder(nnx.Module):
           prefix_lengths: `[N]` int, slots of `prefix` that exist.
           suffix: the rows' own keys and values, `[L, N, K, ...]` with S slots.
           place: of the slots. A loop that carries it keeps it from being computed in every layer.
+          attend: the attention, as over one device or over several.
 
         Returns:
           `[N, K, E]` hidden states that predict the next tokens, and `suffix` with the slots written.
@@ -238,7 +245,7 @@ class Decoder(nnx.Module):
             # Written per row: TPU copies a cache that is written at one shared slot.
             keys = cache.keys.at[index, group, row, :, :, slots].set(key[:, :, 0])
             values = cache.values.at[index, group, row, :, slots].set(value[:, :, 0])
-            attended = shared_prefix_attention(
+            attended = attend(
                 query,
                 keys[index],
                 values[index],

@@ -1,7 +1,8 @@
-"""The device mesh, and where each array lies on it."""
+"""The device mesh, where each array lies on it, and the processes that share it."""
 
 from jaxreset.parallel.mesh import (
     AXES,
+    DATA_AXES,
     cache_sharding,
     data_shards,
     decode_shardings,
@@ -9,17 +10,26 @@ from jaxreset.parallel.mesh import (
     head_sharding,
     make_mesh,
     param_shardings,
+    replicated,
     rows_sharding,
 )
+from jaxreset.parallel.processes import fetch, gather, is_leader, own_share, put
 
 __all__ = [
     "AXES",
+    "DATA_AXES",
     "cache_sharding",
     "data_shards",
     "decode_shardings",
     "device_bytes",
+    "fetch",
+    "gather",
     "head_sharding",
+    "is_leader",
     "make_mesh",
+    "own_share",
     "param_shardings",
+    "put",
+    "replicated",
     "rows_sharding",
 ]

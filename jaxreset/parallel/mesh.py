@@ -13,6 +13,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
+DATA_AXES = ("data", "fsdp")
 
 # Axes of each parameter by its name; stacked blocks have the layers first. Others are replicated.
 PARAM_AXES: dict[str, tuple[str | None, ...]] = {
@@ -70,7 +71,12 @@ def data_shards(mesh: Mesh | None) -> int:
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     """For arrays whose first axis is groups or sequences: split over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(DATA_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """For what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def head_sharding(mesh: Mesh, vocab: int) -> NamedSharding:
@@ -88,7 +94,7 @@ def cache_sharding(mesh: Mesh, shape: tuple[int, ...], head_axis: int) -> NamedS
     Heads that the tensor axis doesn't divide are left whole, as their projections are.
     """
     axes: list[Any] = [None] * len(shape)
-    axes[1] = ("data", "fsdp")
+    axes[1] = DATA_AXES
     if shape[head_axis] % mesh.shape["tensor"] == 0:
         axes[head_axis] = "tensor"
     return NamedSharding(mesh, PartitionSpec(*axes))

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxreset.models.decoder import Store
+from jaxreset.parallel import fetch
 from jaxreset.sampling.decoding import Drawn, Lanes
 from jaxreset.sampling.lanes import LaneCache
 from jaxreset.sampling.rounds import StopReason
@@ -35,10 +36,15 @@ class Start(NamedTuple):
     live: np.ndarray
 
 
-def pad_start(start: Start, groups: int) -> Start:
-    """With padding up to so many groups, whose rows have ended."""
-    missing = groups - len(start.live)
-    padded = jax.tree.map(lambda x: np.pad(x, (0, missing)), start)
+def pad_start(start: Start, groups: int, places: np.ndarray) -> Start:
+    """The groups in their places among so many; the rows of the others have ended."""
+
+    def pad(x: np.ndarray) -> np.ndarray:
+        padded = np.zeros(groups, x.dtype)
+        padded[places] = x
+        return padded
+
+    padded = jax.tree.map(pad, start)
     return padded._replace(prefix_lengths=np.maximum(padded.prefix_lengths, 1))
 
 
@@ -74,6 +80,7 @@ def draw_rows(
     size: int,
     costs: Costs,
     dtype: np.dtype,
+    shards: int = 1,
 ) -> tuple[Rows, Spent]:
     """Decodes until every row has ended.
 
@@ -84,6 +91,7 @@ def draw_rows(
       shapes, costs: see `schedule.next_batch`.
       rows, size: K and S.
       dtype: of log-probabilities.
+      shards: that groups are split over.
 
     Returns:
       The rows, and what was spent.
@@ -97,10 +105,11 @@ def draw_rows(
         shapes,
         costs=costs,
         before=batch,
+        shards=shards,
     ):
         shared, own = cache.enter(batch)
         drawn, own = decode(shared, own, _lanes(start, state, batch), batch.leave)
-        drawn = jax.device_get(drawn)
+        drawn = fetch(drawn)
         cache.leave(own, drawn.reasons != StopReason.RUNNING)
         _record(state, batch, drawn)
         steps = int(drawn.steps)

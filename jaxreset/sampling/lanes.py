@@ -4,6 +4,9 @@ A lane keeps what its row has drawn from segment to segment. A row that gives up
 to a page, whose rows are as wide as the lane's window, and read from it if it goes on later. So memory
 follows what has been drawn, not what might have been. Lanes whose rows have all ended become a page as
 they are, and while all rows stand in their own places the lanes are the only page.
+
+Over a mesh lanes and pages are split over its data shards as the groups are, and a row's page is on its
+group's shard.
 """
 
 from __future__ import annotations
@@ -15,18 +18,18 @@ from typing import Protocol
 import numpy as np
 
 from jaxreset.models.decoder import Store
-from jaxreset.sampling.decoding import Moved
 from jaxreset.sampling.rounds import Pages
 from jaxreset.sampling.schedule import Batch
+from jaxreset.sampling.stores import Moved
 
-PAGE_SLOTS = 2048  # in all of its rows together
-MOVED_ROWS = 8  # that one program moves
+PAGE_SLOTS = 2048  # of a shard, in all of its rows together
+MOVED_ROWS = 8  # of a shard that one program moves
 
 Pair = tuple[np.ndarray, np.ndarray]
 
 
 class Moves(Protocol):
-    """Programs on keys and values; see `decoding`."""
+    """Programs on keys and values; see `stores`."""
 
     def empty(self, groups: int, rows: int, window: int) -> Store: ...
     def widen(self, store: Store, window: int) -> Store: ...
@@ -43,7 +46,7 @@ class LaneCache:
       prefix: the groups' prefix store, only read.
       shape: (N, K).
       full: (M, K') of a full batch, whose lanes may become a page.
-      shards: of the group axis.
+      shards: that groups, lanes and pages are split over, in equal runs.
       hold: whether rows that have ended are kept, for `finish`.
     """
 
@@ -64,7 +67,8 @@ class LaneCache:
         self._shards = shards
         self._hold = hold
         self._pages = Pages([], np.full(shape, -1), np.zeros(shape, int))
-        self._free: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # by window
+        # By window and shard.
+        self._free: defaultdict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
         self._places: int | None = None  # the page of rows in their places
         self._batch: Batch | None = None
         self._own: Store | None = None  # of the batch
@@ -147,14 +151,16 @@ class LaneCache:
             leaving = leaving & ~self._ended
         stores, page, cell = self._pages
         window, lanes = batch.shape.window, np.argwhere(leaving)
-        free = self._free[window]
-        while len(free) < len(lanes):
+        shards = lanes[:, 0] * self._shards // len(leaving)
+        free = [self._free[window, shard] for shard in range(self._shards)]
+        while any(len(free[s]) < np.sum(shards == s) for s in range(self._shards)):
             rows = page_rows(window, self._shards)
             stores.append(self._moves.empty(rows, 1, window))
-            free += [(len(stores) - 1, i) for i in range(rows)]
-        for m, k in lanes:
+            for i in range(rows):
+                free[i * self._shards // rows].append((len(stores) - 1, i))
+        for (m, k), shard in zip(lanes, shards, strict=True):
             row = batch.groups[m], batch.rows[m, k]
-            page[row], cell[row] = free.pop(0)
+            page[row], cell[row] = free[shard].pop(0)
         for number, moved in self._moved(batch, leaving):
             stores[number] = self._moves.save(stores[number], own, moved)
 
@@ -165,9 +171,9 @@ class LaneCache:
         for number, moved in self._moved(batch, coming):
             own = self._moves.load(stores[number], own, moved)
             if number != self._places:
-                window = stores[number][0].keys.shape[-1]
-                cells = moved.cells[0][moved.chosen].tolist()
-                self._free[window] += [(number, cell) for cell in cells]
+                rows, window = stores[number][0].keys.shape[1], stores[number][0].keys.shape[-1]
+                for cell in moved.cells[0][moved.chosen].tolist():
+                    self._free[window, cell * self._shards // rows].append((number, cell))
         for m, k in np.argwhere(coming):
             page[batch.groups[m], batch.rows[m, k]] = -1
         return own
@@ -179,7 +185,8 @@ class LaneCache:
         for number in np.unique(page[chosen]).tolist():
             m, k = np.nonzero(chosen & (page == number))
             across = self._pages.stores[number][0].keys.shape[2]
-            for moved in moves_of((m, k), np.divmod(cell[m, k], across)):
+            cells, shards = np.divmod(cell[m, k], across), m * self._shards // len(chosen)
+            for moved in moves_of((m, k), cells, shards, count=self._shards):
                 yield number, moved
 
     def _prefixes(self, batch: Batch) -> Store:
@@ -200,13 +207,22 @@ class LaneCache:
 
 def page_rows(window: int, shards: int = 1) -> int:
     """A of a page; its B is 1, but where all rows are in their places."""
-    return -(-max(PAGE_SLOTS // window, MOVED_ROWS) // shards) * shards
+    return max(PAGE_SLOTS // window, MOVED_ROWS) * shards
 
 
-def moves_of(lanes: Pair, cells: Pair) -> Iterator[Moved]:
-    """Rows, a few at a time; where there are none, one move of none."""
+def moves_of(lanes: Pair, cells: Pair, shards: np.ndarray, *, count: int = 1) -> Iterator[Moved]:
+    """Rows, a few of each shard at a time; where there are none, one move of none.
+
+    `shards`: that each row is on, of `count`.
+    """
     every = np.stack([*lanes, *cells]).astype(np.int32)
-    for first in range(0, max(every.shape[1], 1), MOVED_ROWS):
-        few = every[:, first : first + MOVED_ROWS]
-        padded = np.pad(few, ((0, 0), (0, MOVED_ROWS - few.shape[1])))
-        yield Moved(tuple(padded[:2]), tuple(padded[2:]), np.arange(MOVED_ROWS) < few.shape[1])
+    waiting = [every[:, shards == shard] for shard in range(count)]
+    for first in range(0, max(max(rows.shape[1] for rows in waiting), 1), MOVED_ROWS):
+        moved = np.zeros((4, count, MOVED_ROWS), np.int32)
+        chosen = np.zeros((count, MOVED_ROWS), bool)
+        for shard, rows in enumerate(waiting):
+            few = rows[:, first : first + MOVED_ROWS]
+            moved[:, shard, : few.shape[1]] = few
+            chosen[shard, : few.shape[1]] = True
+        flat = moved.reshape(4, -1)
+        yield Moved(tuple(flat[:2]), tuple(flat[2:]), chosen.ravel())

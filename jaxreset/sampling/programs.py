@@ -1,4 +1,4 @@
-"""The jitted programs of `decoding` for one set of stop conditions and one mesh, called from the host."""
+"""The jitted programs of `decoding` and `stores` for one set of stop conditions and one mesh."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from jaxreset.models.block import DecoderConfig
 from jaxreset.models.decoder import Decoder, Store
 from jaxreset.models.policy import Policy
 from jaxreset.models.unstacked import unstack, unstacked_graph
-from jaxreset.parallel import decode_shardings, rows_sharding
-from jaxreset.sampling import decoding
-from jaxreset.sampling.decoding import Drawn, Lanes, Limits, Moved
+from jaxreset.parallel import data_shards, decode_shardings, put, replicated, rows_sharding
+from jaxreset.sampling import decoding, stores
+from jaxreset.sampling.decoding import Drawn, Lanes, Limits
 from jaxreset.sampling.drawing import (
     Decode,
     Rows,
@@ -31,6 +31,7 @@ from jaxreset.sampling.drawing import (
 from jaxreset.sampling.lanes import LaneCache, Moves, moves_of, page_rows
 from jaxreset.sampling.rounds import Held, Pages, Shape, Snapshot
 from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes
+from jaxreset.sampling.stores import Moved
 from jaxreset.sampling.streams import LARGE_WEIGHTS, cores
 from jaxreset.sampling.tokens import Draws
 from jaxreset.steps import StepAutomaton
@@ -67,10 +68,10 @@ class Programs:
         streams: int | None,
         mesh: Mesh | None,
     ):
-        self._automaton = jax.device_put(automaton)
+        self._automaton = put(automaton, None if mesh is None else replicated(mesh))
         self._limits = limits
         self._mesh = mesh
-        self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self.shards = data_shards(mesh)
         self._rows = None if mesh is None else rows_sharding(mesh)
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         self._on_cpu = device.platform == "cpu"
@@ -88,23 +89,37 @@ class Programs:
         return most if self._slots is None else max(min(most, self._slots // rows), 1)
 
     def part(self, policy: Policy, shape: Shape) -> Shape:
-        """Sizes of what one stream draws of a round."""
-        return shape._replace(groups=-(-shape.groups // self.streams(policy, shape.rows)))
+        """Sizes of what one stream draws of a round; each shard takes equally many groups."""
+        groups = -(-shape.groups // self.streams(policy, shape.rows))
+        return shape._replace(groups=-(-groups // self.shards) * self.shards)
 
-    def prefill(self, policy: Policy, shape: Shape, prefixes: Sequence[np.ndarray]) -> Store:
-        """The prefix store of at most N prefixes."""
+    def prefill(
+        self, policy: Policy, shape: Shape, prefixes: Sequence[np.ndarray], places: np.ndarray
+    ) -> Store:
+        """The prefix store of at most N prefixes, each in its place."""
         tokens = np.zeros((shape.groups, shape.prefix), np.int32)
-        for n, prefix in enumerate(prefixes):
-            tokens[n, : len(prefix)] = prefix
-        tokens = jax.device_put(tokens, self._rows)
+        for place, prefix in zip(places, prefixes, strict=True):
+            tokens[place, : len(prefix)] = prefix
+        tokens = put(tokens, self._rows)
         graph, params = self.layout(policy)
         return decoding.prefill(params, tokens, graph=graph, mesh=self._mesh)
 
-    def fork(self, held: Sequence[Held], shape: Shape, snapshots: Sequence[Snapshot]) -> Store:
-        """The prefix store of snapshots of one round, from its caches."""
+    def shard(self, held: Sequence[Held], group: int) -> int:
+        """The data shard that a group of a round stands on."""
+        part = next(part for part in held if group in part.groups)
+        return part.place(group) * self.shards // part.prefix[0].keys.shape[1]
+
+    def fork(
+        self,
+        held: Sequence[Held],
+        shape: Shape,
+        snapshots: Sequence[Snapshot],
+        places: np.ndarray,
+    ) -> Store:
+        """The prefix store of snapshots of one round, each in its place, from the round's caches."""
         found: defaultdict[int, dict[int, Snapshot]] = defaultdict(dict)
-        for n, s in enumerate(snapshots):
-            found[next(i for i, part in enumerate(held) if s.group in part.groups)][n] = s
+        for place, s in zip(places.tolist(), snapshots, strict=True):
+            found[next(i for i, part in enumerate(held) if s.group in part.groups)][place] = s
         # All at once from the part that most are of, the others a few at a time.
         first, *others = sorted(found, key=lambda part: -len(found[part]))
         store = self._fork_part(held[first], shape, found[first])
@@ -112,29 +127,35 @@ class Programs:
         for part in others:
             members = list(found[part].items())
             for start in range(0, len(members), some.groups):
-                places, chosen = zip(*members[start : start + some.groups], strict=True)
+                their_places, chosen = zip(*members[start : start + some.groups], strict=True)
                 forked = self._fork_part(held[part], some, dict(enumerate(chosen)))
-                store = self._overwrite(store, forked, places)
+                store = self._overwrite(store, forked, their_places)
         return store
 
     def compile_fork(self, held: Held, parent: Shape, shape: Shape) -> Store:
         """Compiles all that `fork` may need of a part, of a round of shape `parent`, with every page."""
-        nowhere = np.zeros(0, np.int32)
-        for some in (shape, self._few(shape)):
+        # Over a mesh a round is one part.
+        for some in (shape,) if self._mesh is not None else (shape, self._few(shape)):
             gathered = self._gathered(held, parent, some)
             for page in held.pages.stores:
                 if self._in_place(held, page):
                     forked = self._fork_from(held, page, some, {}, {})
-                for moved in moves_of((nowhere, nowhere), (nowhere, nowhere)):
-                    gathered = self._moves(held.prefix).load(page, gathered, moved)
+                gathered = self._moves(held.prefix).load(page, gathered, self._no_move())
             forked = self._fork_from(held, gathered, some, {}, {})
+        if self._mesh is not None:
+            return forked
         store = self._fork_from(held, self._gathered(held, parent, shape), shape, {}, {})
         return self._overwrite(store, forked, ())
+
+    def _no_move(self) -> Moved:
+        none = np.zeros(0, np.int32)
+        (moved,) = moves_of((none, none), (none, none), none, count=self.shards)
+        return moved
 
     def _fork_part(self, held: Held, shape: Shape, snapshots: Mapping[int, Snapshot]) -> Store:
         """With the snapshots, all of rows of one part, as the groups of those numbers."""
         stores, page, cell = held.pages
-        rows = {n: (s.group - held.groups.start, s.row) for n, s in snapshots.items()}
+        rows = {n: (held.place(s.group), s.row) for n, s in snapshots.items()}
         pages = {int(page[row]) for row in rows.values()} - {-1}  # on no page: nothing was drawn
         if len(pages) == 1 and self._in_place(held, only := stores[min(pages)]):
             cells = {n: int(cell[row]) for n, row in rows.items()}
@@ -144,8 +165,9 @@ class Programs:
         for number in sorted(pages):
             here = np.array([n for n, row in rows.items() if page[row] == number])
             across = stores[number][0].keys.shape[2]
-            places = np.divmod(np.array([cell[rows[n]] for n in here]), across)
-            for moved in moves_of((here, np.zeros_like(here)), places):
+            of_rows = np.divmod(np.array([cell[rows[n]] for n in here]), across)
+            lanes, shards = (here, np.zeros_like(here)), here * self.shards // shape.groups
+            for moved in moves_of(lanes, of_rows, shards, count=self.shards):
                 gathered = self._moves(held.prefix).load(stores[number], gathered, moved)
         return self._fork_from(held, gathered, shape, snapshots, {n: n for n in rows})
 
@@ -168,22 +190,21 @@ class Programs:
         groups, cells = np.zeros((2, shape.groups), np.int32)
         lengths = np.ones(held.prefix[0].keys.shape[1], np.int32)
         for n, s in snapshots.items():
-            groups[n] = s.group - held.groups.start
+            groups[n] = held.place(s.group)
             cells[n] = row_cells[n]
             lengths[groups[n]] = len(s.round.prefixes[s.group])
         places = lengths, groups, np.divmod(cells, np.int32(page[0].keys.shape[2]))
-        places = jax.device_put(places, self._rows)
-        return decoding.fork(held.prefix, page, *places, size=shape.prefix, mesh=self._mesh)
+        places = put(places, self._rows)
+        return stores.fork(held.prefix, page, *places, size=shape.prefix, mesh=self._mesh)
 
     def _overwrite(self, store: Store, forked: Store, places: Sequence[int]) -> Store:
         size = forked[0].keys.shape[1]
         groups = np.full(size, store[0].keys.shape[1], np.int32)  # out of range: dropped
         groups[: len(places)] = places
-        return decoding.overwrite(store, forked, groups, mesh=self._mesh)
+        return stores.overwrite(store, forked, groups)
 
     def _few(self, shape: Shape) -> Shape:
-        groups = -(-FORK_GROUPS // self._shards) * self._shards
-        return shape._replace(groups=min(shape.groups, groups))
+        return shape._replace(groups=min(shape.groups, FORK_GROUPS))
 
     def extend(
         self,
@@ -191,15 +212,16 @@ class Programs:
         prefix: Store,
         prefixes: Sequence[np.ndarray],
         questions: Sequence[np.ndarray],
+        places: np.ndarray,
         size: int,
     ) -> Store:
-        """The prefix store with at most `size` tokens put behind each prefix."""
+        """The prefix store with at most `size` tokens put behind each prefix, which has its place."""
         groups = prefix[0].keys.shape[1]
         lengths, tokens = np.ones(groups, np.int32), np.zeros((groups, size), np.int32)
-        for n, (kept, question) in enumerate(zip(prefixes, questions, strict=True)):
-            lengths[n] = len(kept)
-            tokens[n, : len(question)] = [kept[-1], *question[:-1]]
-        lengths, tokens = jax.device_put((lengths, tokens), self._rows)
+        for place, kept, question in zip(places, prefixes, questions, strict=True):
+            lengths[place] = len(kept)
+            tokens[place, : len(question)] = [kept[-1], *question[:-1]]
+        lengths, tokens = put((lengths, tokens), self._rows)
         graph, params = self.layout(policy)
         return decoding.extend(params, prefix, lengths, tokens, graph=graph, mesh=self._mesh)
 
@@ -220,7 +242,7 @@ class Programs:
             prefix,
             part[:2],
             full=shapes[0][:2],
-            shards=self._shards,
+            shards=self.shards,
             hold=hold,
         )
         rows, spent = draw_rows(
@@ -232,6 +254,7 @@ class Programs:
             size=part.suffix,
             costs=self._costs(policy.config),
             dtype=np.dtype(jnp.promote_types(policy.config.dtype, jnp.float32)),
+            shards=self.shards,
         )
         if not hold:
             return rows, None, spent
@@ -243,8 +266,7 @@ class Programs:
         moves, decode = self._moves(prefix), self._decode(policy, draws)
         shapes = self._lane_shapes(policy, part)
         kept = self.empty_part(policy, part, prefix)
-        pages, none = kept.pages.stores, np.zeros(0, np.int32)
-        (nothing,) = moves_of((none, none), (none, none))
+        pages, nothing = kept.pages.stores, self._no_move()
         for lanes in shapes:
             groups = np.zeros(lanes.groups, np.int32)
             shared = moves.take(prefix, groups, None, lanes.prefix)
@@ -252,7 +274,7 @@ class Programs:
             own = moves.empty(lanes.groups, lanes.rows, lanes.window)
             for n, page in enumerate(pages):
                 *cells, width = *page[0].keys.shape[1:3], page[0].keys.shape[-1]
-                written = tuple(cells) == (page_rows(width, self._shards), 1)
+                written = tuple(cells) == (page_rows(width, self.shards), 1)
                 if width <= lanes.window and (written or tuple(cells) == part[:2]):
                     own = moves.load(page, own, nothing)
                 if width == lanes.window and written:
@@ -269,10 +291,10 @@ class Programs:
         # Lanes that became pages, in their places or not, and pages that rows were written to.
         kinds = {s.own for s in shapes if s[:2] in (part[:2], shapes[0][:2])}
         if len({s[:2] for s in shapes} | {part[:2]}) > 1:
-            kinds |= {(page_rows(s.window, self._shards), 1, s.window) for s in shapes}
-        stores = [moves.empty(*kind) for kind in sorted(kinds)]
-        nothing = np.zeros(part[:2], int)
-        return Held(range(part.groups), prefix, Pages(stores, nothing, nothing))
+            kinds |= {(page_rows(s.window, self.shards), 1, s.window) for s in shapes}
+        pages = [moves.empty(*kind) for kind in sorted(kinds)]
+        nothing, everyone = np.zeros(part[:2], int), range(part.groups)
+        return Held(everyone, np.array(everyone), prefix, Pages(pages, nothing, nothing))
 
     def _decode(self, policy: Policy, draws: Draws) -> Decode:
         """`decoding.decode`, with what changes from segment to segment left open."""
@@ -283,7 +305,7 @@ class Programs:
                 params,
                 shared,
                 own,
-                lanes if self._rows is None else jax.device_put(lanes, self._rows),
+                put(lanes, self._rows) if self._rows else lanes,
                 self._automaton,
                 self._limits,
                 draws,
@@ -301,7 +323,7 @@ class Programs:
         slots = CPU_SLOTS if self._on_cpu else None
         if self._slots is not None:
             slots = self._slots // self.streams(policy, part.rows)
-        return lane_shapes(*part, slots=slots, shards=self._shards)
+        return lane_shapes(*part, slots=slots, shards=self.shards)
 
     def _costs(self, model: DecoderConfig) -> Costs:
         attention = 2 * model.heads * model.head_dim
@@ -339,23 +361,23 @@ class _Moves(NamedTuple):
     sharding: jax.sharding.Sharding | None
 
     def empty(self, groups: int, rows: int, window: int) -> Store:
-        return decoding.empty(self.prefix, groups=groups, rows=rows, size=window, mesh=self.mesh)
+        return stores.empty(self.prefix, groups=groups, rows=rows, size=window, mesh=self.mesh)
 
     def widen(self, store: Store, window: int) -> Store:
         if store[0].keys.shape[-1] == window:
             return store
-        return decoding.widen(store, size=window, mesh=self.mesh)
+        return stores.widen(store, size=window, mesh=self.mesh)
 
     def save(self, page: Store, own: Store, moved: Moved) -> Store:
-        return decoding.save(page, own, moved, mesh=self.mesh)
+        return stores.save(page, own, moved, mesh=self.mesh)
 
     def load(self, page: Store, own: Store, moved: Moved) -> Store:
-        return decoding.load(page, own, moved, mesh=self.mesh)
+        return stores.load(page, own, moved, mesh=self.mesh)
 
     def take(self, prefix: Store, groups: np.ndarray, into: Store | None, window: int) -> Store:
         if self.sharding is not None:
-            groups = jax.device_put(groups, self.sharding)
-        return decoding.take(prefix, groups, into, size=window, mesh=self.mesh)
+            groups = put(groups, self.sharding)
+        return stores.take(prefix, groups, into, size=window, mesh=self.mesh)
 
 
 def cache_bytes(model: DecoderConfig, shape: Shape) -> int:

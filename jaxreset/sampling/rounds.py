@@ -59,11 +59,19 @@ class Pages(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Keys and values of a round on the device: of those `groups` that one stream drew."""
+    """Keys and values of a round on the device: of those `groups` that one stream drew.
+
+    `places`: [len(groups)] where each group stands in the stores; see `sampling.places`.
+    """
 
     groups: range
+    places: np.ndarray
     prefix: Store
     pages: Pages
+
+    def place(self, group: int) -> int:
+        """Where a group of the round stands."""
+        return int(self.places[group - self.groups.start])
 
 
 @dataclass(frozen=True, eq=False)  # rounds are told apart by identity

@@ -22,6 +22,7 @@ from jaxreset.sampling.checks import (
 )
 from jaxreset.sampling.decoding import Limits
 from jaxreset.sampling.drawing import Rows, Spent, Start, pad_start
+from jaxreset.sampling.places import dealt, places_on, room_for
 from jaxreset.sampling.programs import Programs, cache_bytes
 from jaxreset.sampling.rounds import Held, Round, Shape, Snapshot, Stream
 from jaxreset.sampling.streams import deal, run_side_by_side
@@ -102,7 +103,7 @@ class Sampler:
         self.question_tokens = question_tokens
         self.hold_cache = hold_cache
         self._vocab = automaton.next_state.shape[1]
-        self._shards = 1 if mesh is None else mesh.size
+        self._devices = 1 if mesh is None else mesh.size
         limits = Limits(
             np.int32(stop.max_response),
             np.int32(stop.max_steps or NO_LIMIT),
@@ -189,8 +190,8 @@ class Sampler:
         shape = self._shape(prefixes, rows, self.shapes)
         prompt_lengths = [len(p) - k for p, k in zip(prefixes, kept, strict=True)]
 
-        def prefill(part: Shape, groups: slice) -> Store:
-            return self._programs.prefill(policy, part, prefixes[groups])
+        def prefill(part: Shape, groups: slice, places: np.ndarray) -> Store:
+            return self._programs.prefill(policy, part, prefixes[groups], places)
 
         return self._draw(policy, shape, prefill, prefixes, prompt_lengths, ids, first_rows, draws)
 
@@ -210,8 +211,9 @@ class Sampler:
     ) -> Round:
         """Draws `rows` continuations from each snapshot, all of one round.
 
-        Nothing is prefilled where the round holds its cache, but for `questions`. The parent round is
-        only read. Arguments, result and errors are `sample`'s; moreover:
+        Nothing is prefilled where the round holds its cache, but for `questions`; over a mesh, unless more
+        go on from one data shard than a compiled shape has room for. The parent round is only read.
+        Arguments, result and errors are `sample`'s; moreover:
 
         Args:
           questions: tokens to put behind each snapshot. All before the answer is then the prompt, and
@@ -234,21 +236,32 @@ class Sampler:
             check_questions(asked, len(snapshots), self.question_tokens, self._vocab)
             prefixes = [np.concatenate(pair) for pair in zip(kept, asked, strict=True)]
             prompt_lengths = [len(p) for p in prefixes]
-        shape = self._shape(prefixes, rows, children)
+        shards = self._stay(snapshots, children)
+        shape = self._shape(prefixes, rows, children, shards)
         ids = [int(parent.ids[s.group]) for s in snapshots]
 
-        def continued(part: Shape, groups: slice) -> Store:
-            if not parent.held:
-                return self._programs.prefill(policy, part, prefixes[groups])
-            cache = self._programs.fork(parent.held, part, snapshots[groups])
+        def continued(part: Shape, groups: slice, places: np.ndarray) -> Store:
+            if shards is None:
+                return self._programs.prefill(policy, part, prefixes[groups], places)
+            cache = self._programs.fork(parent.held, part, snapshots[groups], places)
             if not asked:
                 return cache
             size = self.question_tokens
-            return self._programs.extend(policy, cache, kept[groups], asked[groups], size)
+            return self._programs.extend(policy, cache, kept[groups], asked[groups], places, size)
 
         return self._draw(
-            policy, shape, continued, prefixes, prompt_lengths, ids, first_rows, draws
+            policy, shape, continued, prefixes, prompt_lengths, ids, first_rows, draws, shards
         )
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts the groups of a round are split."""
+        return self._programs.shards
+
+    def shard(self, snapshot: Snapshot) -> int:
+        """The part that a snapshot of a held round is in; what is resumed from it is drawn there."""
+        held = snapshot.round.held
+        return self._programs.shard(held, snapshot.group) if held else 0
 
     def steps(self, response: Tokens) -> list[tuple[int, int]]:
         """Spans [start, end) of a response's steps, in tokens after the prompt."""
@@ -279,49 +292,66 @@ class Sampler:
         Each program runs once on padding, which ends at once.
         """
         draws = self._draws(Stream(0), 1.0, 1.0, 0, None)
-        programs, held = self._programs, {}
+        programs, held, nowhere = self._programs, {}, np.zeros(0, int)
         for shape in self.shapes or ():
             part = programs.part(policy, shape)
-            prefix = programs.prefill(policy, part, [])
+            prefix = programs.prefill(policy, part, [], nowhere)
             held[shape] = programs.compile_draw(policy, part, prefix, draws)
         for parent, child in self.forks:
             part = programs.part(policy, child)
             if self._holds(policy, parent):
                 if parent not in held:  # another sampler draws it
                     above = programs.part(policy, parent)
-                    prefix = programs.prefill(policy, above, [])
+                    prefix = programs.prefill(policy, above, [], nowhere)
                     held[parent] = programs.empty_part(policy, above, prefix)
                 prefix = programs.compile_fork(held[parent], parent, part)
                 if self.question_tokens:
-                    prefix = programs.extend(policy, prefix, [], [], self.question_tokens)
+                    size = self.question_tokens
+                    prefix = programs.extend(policy, prefix, [], [], nowhere, size)
             else:
-                prefix = programs.prefill(policy, part, [])
+                prefix = programs.prefill(policy, part, [], nowhere)
             held[child] = programs.compile_draw(policy, part, prefix, draws)
+
+    def _stay(
+        self, snapshots: Sequence[Snapshot], shapes: Sequence[Shape] | None
+    ) -> list[int] | None:
+        """The shard of each snapshot, where their cache is held and all can be drawn beside it."""
+        if not snapshots[0].round.held:
+            return None
+        shards = [self.shard(s) for s in snapshots]
+        most = max((shape.groups for shape in shapes or ()), default=NO_LIMIT)
+        return shards if room_for(shards, self.shards) <= most else None
 
     def _draw(
         self,
         policy: Policy,
         shape: Shape,
-        prepare: Callable[[Shape, slice], Store],
+        prepare: Callable[[Shape, slice, np.ndarray], Store],
         prefixes: list[np.ndarray],
         prompt_lengths: Sequence[int],
         ids: Sequence[int],
         first_rows: Sequence[int] | None,
         draws: Draws,
+        shards: Sequence[int] | None = None,
     ) -> Round:
-        """Draws all rows, in streams; `prepare` makes the prefix store of some of the groups."""
+        """Draws all rows, in streams; `prepare` makes the prefix store of some of the groups.
+
+        `shards`: where each group must stand; None: they are dealt evenly.
+        """
         programs, part = self._programs, self._programs.part(policy, shape)
         starts = self._starts(prefixes, prompt_lengths, ids, first_rows)
 
         holds = self._holds(policy, shape)
+        shard_of = dealt(len(prefixes), self.shards) if shards is None else np.asarray(shards)
 
         def stream(groups: range) -> tuple[Rows, Held | None, Spent]:
             chosen = slice(groups.start, groups.stop)
-            start = pad_start(jax.tree.map(lambda x: x[chosen], starts), part.groups)
-            prefix = prepare(part, chosen)
+            places = places_on(shard_of[chosen], part.groups, self.shards)
+            start = pad_start(jax.tree.map(lambda x: x[chosen], starts), part.groups, places)
+            prefix = prepare(part, chosen, places)
             rows, pages, spent = programs.draw(policy, part, prefix, start, draws, hold=holds)
-            rows = jax.tree.map(lambda x: x[: len(groups)], rows)
-            return rows, None if pages is None else Held(groups, prefix, pages), spent
+            rows = jax.tree.map(lambda x: x[places], rows)
+            return rows, None if pages is None else Held(groups, places, prefix, pages), spent
 
         programs.layout(policy)  # once, before streams ask for it side by side
         parts = deal(len(prefixes), programs.streams(policy, shape.rows))
@@ -352,7 +382,9 @@ class Sampler:
         if self.shapes is not None and shape not in {parent for parent, _ in self.forks}:
             return False
         device = next(iter(jax.tree.leaves(policy.params)[0].devices()))
-        return cache_bytes(policy.config, shape) <= HELD_SHARE * self._shards * device_bytes(device)
+        return cache_bytes(policy.config, shape) <= HELD_SHARE * self._devices * device_bytes(
+            device
+        )
 
     def _starts(
         self,
@@ -399,7 +431,11 @@ class Sampler:
         )
 
     def _shape(
-        self, prefixes: Sequence[np.ndarray], rows: int, shapes: Sequence[Shape] | None
+        self,
+        prefixes: Sequence[np.ndarray],
+        rows: int,
+        shapes: Sequence[Shape] | None,
+        shards: Sequence[int] | None = None,
     ) -> Shape:
         """The smallest of `shapes` that holds N prefixes and `rows` rows each; None: a new one."""
         if not prefixes or min(map(len, prefixes)) < 1:
@@ -408,6 +444,8 @@ class Sampler:
                 "least one prompt, and a token in each to continue from"
             )
         count, longest = len(prefixes), max(map(len, prefixes))
+        if shards is not None:
+            count = max(count, room_for(shards, self.shards))
         if shapes is None:
             groups, prefix = (1 << (n - 1).bit_length() for n in (count, longest))
             return Shape(groups, rows, prefix, self.stop.max_response)

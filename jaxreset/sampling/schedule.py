@@ -126,6 +126,7 @@ def next_batch(
     *,
     costs: Costs,
     before: Batch | None = None,
+    shards: int = 1,
 ) -> Batch | None:
     """The lanes of the next segment, or None when all rows have ended.
 
@@ -139,6 +140,7 @@ def next_batch(
       prefix_lengths: [N] tokens of the prefixes.
       shapes: of `lane_shapes`.
       before: the segment before: rows that go on stay in their lanes where the shape is the same.
+      shards: that groups and lanes are split over, in equal runs: a group's lanes are on its own shard.
     """
     if not running.any():
         return None
@@ -156,7 +158,7 @@ def next_batch(
         fits, members = fitting[shape.prefix]
         if not members:
             continue
-        batch = _fill(fits, members, shape)
+        batch = _fill(fits, members, shape, shards)
         slots = shape.groups * (shape.prefix + shape.rows * window)
         cost = costs.step + shape.groups * shape.rows + slots * costs.slot
         per_row = cost / batch.live.sum()
@@ -172,12 +174,14 @@ def next_batch(
     else:
         leave = 0
     if before is not None and before.shape.own == batch.shape.own and not batch.in_place:
-        batch = _stay(batch, before)
+        batch = _stay(batch, before, len(lengths), shards)
     # At least a few rows must end before the lanes are chosen anew.
     return batch._replace(leave=max(min(leave, taken - -(-lanes // 16)), 0))
 
 
-def _fill(waiting: np.ndarray, members: list[tuple[int, np.ndarray]], shape: LaneShape) -> Batch:
+def _fill(
+    waiting: np.ndarray, members: list[tuple[int, np.ndarray]], shape: LaneShape, shards: int
+) -> Batch:
     """Rows of `waiting` [N, K] for the lanes of `shape`; a group may be cut in parts.
 
     `members`: those rows by group, in the order in which they take lanes.
@@ -186,16 +190,15 @@ def _fill(waiting: np.ndarray, members: list[tuple[int, np.ndarray]], shape: Lan
     if (m, k) == waiting.shape:  # every row in its own place: nothing is moved
         rows = np.tile(np.arange(k, dtype=np.int32), (m, 1))
         return Batch(shape, np.arange(m, dtype=np.int32), rows, waiting, in_place=True)
-    parts = [
-        (group, rows[first : first + k])
-        for group, rows in members
-        for first in range(0, len(rows), k)
-    ]
+    free = [iter(lanes) for lanes in np.split(np.arange(m), shards)]
     batch = _no_lanes(shape)
-    for lane, (group, chosen) in enumerate(parts[:m]):
-        batch.groups[lane] = group
-        batch.rows[lane, : len(chosen)] = chosen
-        batch.live[lane, : len(chosen)] = True
+    for group, rows in members:
+        lanes = free[group * shards // len(waiting)]
+        for first, lane in zip(range(0, len(rows), k), lanes, strict=False):
+            chosen = rows[first : first + k]
+            batch.groups[lane] = group
+            batch.rows[lane, : len(chosen)] = chosen
+            batch.live[lane, : len(chosen)] = True
     return batch
 
 
@@ -206,13 +209,17 @@ def _no_lanes(shape: LaneShape) -> Batch:
     )
 
 
-def _stay(batch: Batch, before: Batch) -> Batch:
-    """The same rows, those that had a lane before in the same one where that is possible."""
+def _stay(batch: Batch, before: Batch, groups: int, shards: int) -> Batch:
+    """The same rows, those that had a lane before in the same one where that is possible.
+
+    `groups`: N, of the round.
+    """
     home = {
         (int(before.groups[m]), int(before.rows[m, k])): (m, k)
         for m, k in np.argwhere(before.live).tolist()
     }
     kept = _no_lanes(batch.shape)
+    lanes_a_shard = len(batch.groups) // shards
     free, strangers = set(range(len(batch.groups))), []
 
     def put(m: int, group: int, rows: list[int]) -> None:
@@ -234,5 +241,6 @@ def _stay(batch: Batch, before: Batch) -> Batch:
         else:
             strangers.append((group, rows))
     for group, rows in strangers:
-        put(min(free), group, rows)
+        shard = group * shards // groups
+        put(min(m for m in free if m // lanes_a_shard == shard), group, rows)
     return kept._replace(leave=batch.leave)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 Array = jax.Array
 Leaf = Any  # of a pytree built on the host with numpy, and traced inside jit
@@ -74,6 +75,40 @@ def draw_token(logits: Array, uniforms: Array, draws: Draws) -> tuple[Array, Arr
         return jnp.take_along_axis(values, token[..., None], axis=-1)[..., 0]
 
     return token, at_token(logps), at_token(kept)
+
+
+def draw_token_apart(
+    mesh: Mesh, logits: Array, uniforms: Array, draws: Draws
+) -> tuple[Array, Array, Array]:
+    """`draw_token` where the vocabulary is split over tensor: each device draws whole rows, some of them.
+
+    One exchange, where sorting rows of which each device has a part would take many. Where `tensor` divides
+    neither groups nor rows, each device draws all of them. Inside `shard_map` over the data axes.
+    """
+    parts = mesh.shape["tensor"]
+    if logits.shape[-1] % parts:  # the vocabulary isn't split
+        return draw_token(logits, uniforms, draws)
+    axis = next((axis for axis in (0, 1) if logits.shape[axis] % parts == 0), None)
+
+    def on_device(logits: Array, uniforms: Array, draws: Draws) -> tuple[Array, Array, Array]:
+        if axis is None:
+            whole = jax.lax.all_gather(logits, "tensor", axis=2, tiled=True)
+            return draw_token(whole, uniforms, draws)
+        rows = jax.lax.all_to_all(logits, "tensor", split_axis=axis, concat_axis=2, tiled=True)
+        count = rows.shape[axis]
+        first = jax.lax.axis_index("tensor") * count
+        uniforms = jax.lax.dynamic_slice_in_dim(uniforms, first, count, axis)
+        drawn = draw_token(rows, uniforms, draws)
+        return jax.lax.all_gather(drawn, "tensor", axis=axis, tiled=True)
+
+    everywhere = PartitionSpec()
+    return jax.shard_map(
+        on_device,
+        in_specs=(PartitionSpec(None, None, "tensor"), everywhere, everywhere),
+        out_specs=everywhere,
+        axis_names={"tensor"},
+        check_vma=False,
+    )(logits, uniforms, draws)
 
 
 def invert_cdf(weights: Array, uniforms: Array) -> Array:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,9 +70,8 @@ class PolicyLocalizer:
         encode = _encode_inline if self.inline else _encode_fresh
         questions = [encode(policy.tokenizer, failure) for failure in failures]
         answers, drawn = [""] * len(failures), 0
-        # What one call resumes is of one round.
-        rounds = [id(end.round) if self.inline else 0 for end in ends]
-        for members in _batches(questions, self.question_limit, self.batch, apart=rounds):
+        calls = self._calls(ends) if self.inline else None
+        for members in _batches(questions, self.question_limit, self.batch, apart=calls):
             names = [failures[i].seed for i in members]
             stream = Stream(*names[0][:3])
             asked, rows = [questions[i] for i in members], [name[4] for name in names]
@@ -89,6 +89,16 @@ class PolicyLocalizer:
             for n, i in enumerate(members):
                 answers[i] = policy.decode(round_.suffix(n, 0))
         return answers, drawn
+
+    def _calls(self, ends: Sequence[Snapshot]) -> list[Hashable]:
+        """What one call resumes is of one round, and takes no more of a shard than there is room for."""
+        room, met = self.batch // self.sampler.shards, Counter[Hashable]()
+        calls: list[Hashable] = []
+        for end in ends:
+            place = id(end.round), self.sampler.shard(end)
+            calls.append((id(end.round), met[place] // room))
+            met[place] += 1
+        return calls
 
 
 class ScoringLocalizer:
@@ -198,7 +208,11 @@ def _encode_inline(tokenizer: Any, failure: Failure) -> np.ndarray:
 
 
 def _batches(
-    questions: Sequence[np.ndarray], limit: int, size: int, *, apart: Sequence[int] | None = None
+    questions: Sequence[np.ndarray],
+    limit: int,
+    size: int,
+    *,
+    apart: Sequence[Hashable] | None = None,
 ) -> Iterator[list[int]]:
     """Indices of the questions within the limit, at most `size` at a time and of one value of `apart`."""
     apart = [0] * len(questions) if apart is None else apart
