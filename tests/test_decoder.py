@@ -16,9 +16,9 @@ from model_helpers import random_params
 from jaxreset.models.attention import Prefix, causal_attention, shared_prefix_attention
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.decoder import KV
+from jaxreset.models.decoding_copy import decoding_copy, unstacked_graph
 from jaxreset.models.packing import one_group_each
 from jaxreset.models.rotary import RopeScaling
-from jaxreset.models.unstacked import unstack, unstacked_graph
 
 WIDE = DecoderConfig(
     vocab=19,
@@ -97,7 +97,8 @@ def test_decoding_with_a_cache_gives_the_hidden_states_of_the_update(shape, seed
         prefix, lengths, rows, _, _ = random_groups(shape, seed)
         expected = jitted_shared(graph, params, prefix, lengths, rows)
         if not stacked:
-            graph, params = unstacked_graph(WIDE), unstack(params, graph=graph)
+            params = decoding_copy(params, graph=graph, unstacked=True, mesh=None)
+            graph = unstacked_graph(WIDE)
         decoder = nnx.merge(graph, params)
         rng = np.random.default_rng(seed)
         # What lies beyond a prefix, or beyond a row's slot, is junk that nobody may see.

@@ -29,6 +29,7 @@ from jaxreset.models import config_json
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.config_json import read_config, read_json
 from jaxreset.models.decoder import Decoder
+from jaxreset.parallel import fetch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -248,7 +249,7 @@ def export(
 
     Args:
       path: a folder that does not exist or is empty; see `new_folder`.
-      config, params: the decoder's; tensors are stored in the dtype of `params`.
+      config, params: the decoder's; tensors are stored in `config.dtype`.
       tokenizer: saved with the weights.
       eos_ids: the tokens that end a response.
       metadata: as `read_metadata` gives it: maximum length, special tokens, generation settings.
@@ -324,7 +325,7 @@ def _stored_arrays(config: DecoderConfig, params: nnx.State) -> Iterator[tuple[s
     """Each tensor's name and contents in the folder's layout, in the order of the table."""
     flat = dict(nnx.to_flat_state(params))
     for tensor in tensor_table(config):
-        array = np.asarray(flat[tensor.path][...])
+        array = fetch(flat[tensor.path][...].astype(config.dtype))
         slots = array if "{}" in tensor.name else array[None]
         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
         for slot, name in zip(slots, tensor.names(config.layers), strict=True):

@@ -29,6 +29,7 @@ from jaxreset.models.block import DecoderConfig
 from jaxreset.models.config_json import read_json
 from jaxreset.models.decoder import Decoder
 from jaxreset.models.lora import LINEAR, LoRA, Target
+from jaxreset.models.precision import computing_decoder
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -45,7 +46,7 @@ class Policy:
 
     Attributes:
       graph: structure of the decoder; hashable, equal for equal configs, so a static argument.
-      params: the decoder's parameters.
+      params: the decoder's parameters, those that are trained in float32 at least; see `precision`.
       config: sizes and switches of the decoder.
       tokenizer: a Hugging Face tokenizer with at most `config.vocab` ids.
       eos_ids: ids that end a response, ascending.
@@ -63,7 +64,7 @@ class Policy:
 
     def decoder(self) -> Decoder:
         """The network as a module."""
-        return nnx.merge(self.graph, self.params)
+        return computing_decoder(self.graph, self.params)
 
     def logits(self, tokens: ArrayLike) -> jax.Array:
         """`[B, T]` right-padded token ids -> `[B, T, V]` logits, float32 at least; jitted."""
@@ -118,7 +119,7 @@ class Policy:
 # Here and not a method: one compilation serves every policy of the same graph.
 @partial(jax.jit, static_argnames="graph")
 def _logits(graph: nnx.GraphDef[Decoder], params: nnx.State, tokens: jax.Array) -> jax.Array:
-    return nnx.merge(graph, params).logits(tokens)
+    return computing_decoder(graph, params).logits(tokens)
 
 
 def load_policy(path_or_name: str | Path, *, dtype: str = "float32") -> Policy:

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.decoder import Decoder, Store
+from jaxreset.models.decoding_copy import decodes_as_it_is, decoding_copy, unstacked_graph
 from jaxreset.models.policy import Policy
-from jaxreset.models.unstacked import unstack, unstacked_graph
-from jaxreset.parallel import data_shards, decode_shardings, put, replicated, rows_sharding
+from jaxreset.parallel import data_shards, put, replicated, rows_sharding
 from jaxreset.sampling import decoding, stores
 from jaxreset.sampling.decoding import Drawn, Lanes, Limits
 from jaxreset.sampling.drawing import (
@@ -335,20 +335,23 @@ class Programs:
         return Costs(CPU_STEP if self._on_cpu else ACCELERATOR_STEP, slot)
 
     def layout(self, policy: Policy) -> Layout:
-        """The policy as decoding wants it; samplers on one mesh share the copy."""
-        if self._mesh is None and not self._on_cpu:
+        """The policy as decoding wants it; samplers on one mesh share the copy.
+
+        It lives as long as the policy object: while a step samples, since an update makes another one.
+        """
+        if not self._on_cpu and decodes_as_it_is(policy.params, policy.config, self._mesh):
             return policy.graph, policy.params
         layouts = _LAYOUTS.setdefault(policy, {})
         if self._mesh not in layouts:
-            graph, params = policy.graph, policy.params
+            graph, plain = policy.graph, policy
             if self._on_cpu:
                 # Adapters cost time at every token, but merged in bfloat16 they would be rounded away.
-                wide = jnp.finfo(policy.config.dtype).bits >= 32
-                plain = policy.merged() if wide else policy
+                if jnp.finfo(policy.config.dtype).bits >= 32:
+                    plain = policy.merged()
                 graph = unstacked_graph(plain.config)
-                params = unstack(plain.params, graph=plain.graph)
-            if self._mesh is not None:
-                params = jax.device_put(params, decode_shardings(self._mesh, params))
+            params = decoding_copy(
+                plain.params, graph=plain.graph, unstacked=self._on_cpu, mesh=self._mesh
+            )
             layouts[self._mesh] = graph, params
         return layouts[self._mesh]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from rich.console import Console
 from rich.table import Table
@@ -9,6 +11,7 @@ from rich.table import Table
 from jaxreset.config import Config
 from jaxreset.config_file import dump_config
 from jaxreset.models.adapters import trained
+from jaxreset.models.precision import widened
 from jaxreset.sampling.programs import cache_bytes
 from jaxreset.training.setup import make_experiment
 
@@ -40,10 +43,12 @@ def describe(config: Config, console: Console) -> None:
         table.add_row("update (bins, lanes)", *map(str, pack), f"{tokens:,} tokens")
     console.print(table)
 
-    changing, frozen = map(jax.tree.leaves, trained(policy.params))
-    learnt, kept = sum(p.nbytes for p in changing), sum(p.nbytes for p in frozen)
-    console.print(f"parameters            {_size(learnt + kept)} ({model.dtype})")
-    console.print(f"  trained             {_size(learnt)} ({sum(p.size for p in changing):,})")
+    changing, frozen = trained(policy.params)
+    state = jax.tree.leaves(jax.eval_shape(widened, changing))
+    learnt, kept = sum(p.size * p.dtype.itemsize for p in state), _bytes(frozen)
+    console.print(f"parameters            {_size(_bytes(policy.params))} ({model.dtype})")
+    console.print(f"  frozen in training  {_size(kept)}")
+    console.print(f"  trained             {_size(learnt)} ({sum(p.size for p in state):,})")
     console.print(f"optimizer, gradients  {_size(3 * learnt)}")
     held = sum(size for name, size in caches.items() if name != "evaluate")
     console.print(f"caches of a step      {_size(held)} at most, all rounds held")
@@ -53,6 +58,10 @@ def describe(config: Config, console: Console) -> None:
         f"{experiment.overlong.dropped} dropped (longest prompt {experiment.overlong.longest} tokens)"
     )
     experiment.task.close()
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _size(count: float) -> str:

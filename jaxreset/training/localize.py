@@ -15,6 +15,7 @@ from flax import nnx
 from jaxreset.losses import token_logps
 from jaxreset.models.packing import one_group_each
 from jaxreset.models.policy import Policy
+from jaxreset.models.precision import computing_decoder
 from jaxreset.resets import Failure
 from jaxreset.sampling.rounds import Snapshot, Stream
 from jaxreset.sampling.sampler import Sampler
@@ -181,7 +182,7 @@ def score_answers(
     Returns:
       `[N, C]`, summed over the answer's tokens.
     """
-    model = nnx.merge(graph, params)
+    model = computing_decoder(graph, params)
     last = jnp.take_along_axis(questions, lengths[:, None] - 1, axis=1)  # [N, 1]
     answers = jnp.broadcast_to(answers, (len(questions), *answers.shape))
     first = jnp.broadcast_to(last[:, None], (*answers.shape[:2], 1))

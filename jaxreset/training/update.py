@@ -27,7 +27,7 @@ from jaxreset.losses import (
     token_logps_and_entropy,
 )
 from jaxreset.microbatches import GroupBatch
-from jaxreset.models.decoder import Decoder
+from jaxreset.models.precision import computing_decoder, widened
 from jaxreset.parallel import data_shards, head_sharding, rows_sharding
 
 Array = jax.Array
@@ -88,8 +88,8 @@ def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformatio
 
 
 def init_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
-    """State at step 0; optimizer moments and gradients lie where their parameters do."""
-
+    """State at step 0: all of it in float32 at least, and where `params` lie."""
+    params = widened(params)
     shardings = jax.tree.map(_sharding, params)
     replicated = jax.tree.leaves(shardings)[0]
     if isinstance(replicated, jax.sharding.NamedSharding):
@@ -138,7 +138,7 @@ def batch_hidden(
     mesh: jax.sharding.Mesh | None,
 ) -> tuple[Array, Array]:
     """Hidden states of a microbatch's slots, [N, K, S, E], and the output projection."""
-    model: Decoder = nnx.merge(graph, params, frozen)
+    model = computing_decoder(graph, params, frozen)
     head, layout = model.head, None
     if mesh is not None:
         layout = rows_sharding(mesh)

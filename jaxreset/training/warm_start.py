@@ -15,8 +15,8 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxreset.config import WarmStart
 from jaxreset.losses import token_logps
-from jaxreset.models.decoder import Decoder
 from jaxreset.models.policy import Policy
+from jaxreset.models.precision import computing_decoder, widened
 from jaxreset.tasks.base import Problem
 from jaxreset.tasks.chain import ChainTask
 
@@ -125,7 +125,7 @@ def supervised_step(
     """
 
     def loss(params: nnx.State) -> Array:
-        model: Decoder = nnx.merge(graph, params)
+        model = computing_decoder(graph, params)
         total = jnp.zeros(())
         for tokens, starts, ends in jax.tree.map(jnp.asarray, batches):
             logps = token_logps(model.hidden(tokens[:, :-1]), model.head, tokens[:, 1:])
@@ -154,7 +154,8 @@ def warm_start(
     `inline`: localisations stand behind the attempt that they are about.
     """
     optimizer = make_warm_start_optimizer(config)
-    params, opt_state = policy.params, jax.jit(optimizer.init)(policy.params)
+    params = widened(policy.params)
+    opt_state = jax.jit(optimizer.init)(params)
     for step, batches in enumerate(
         demonstrations(task, problems, policy.tokenizer, config, seed=seed, inline=inline), 1
     ):
@@ -163,4 +164,5 @@ def warm_start(
         )
         if step % 20 == 0 or step == config.steps:
             on_step(step, float(loss))
-    return policy.with_params(params, policy.version)
+    kept = jax.tree.map(lambda x, before: x.astype(before.dtype), params, policy.params)
+    return policy.with_params(kept, policy.version)

@@ -1,0 +1,64 @@
+"""A policy's parameters as decoding wants them: in the dtype of computing, laid out for reading them whole.
+
+A decoding step reads every parameter, so on a mesh they are gathered along `fsdp` once for all steps. On a
+CPU each layer has a stack of its own, since slicing a stack there is a copy at every token.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxreset.models.adapters import trained
+from jaxreset.models.block import DecoderConfig
+from jaxreset.models.decoder import Decoder
+from jaxreset.models.precision import computing_decoder
+from jaxreset.parallel import decode_shardings
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "unstacked", "mesh"))
+def decoding_copy(
+    params: nnx.State, *, graph: nnx.GraphDef[Decoder], unstacked: bool, mesh: Mesh | None
+) -> nnx.State:
+    """Parameters of a stacked decoder -> those that decode.
+
+    Args:
+      params, graph: of the stacked decoder.
+      unstacked: give each layer a stack of its own; `unstacked_graph` is theirs then.
+      mesh: that the result lies on, see `parallel.decode_shardings`; None: one device.
+    """
+    decoder = computing_decoder(graph, params)
+    if unstacked:
+        decoder.unstack()
+    params = nnx.state(decoder)
+    if mesh is None:
+        return params
+    return jax.lax.with_sharding_constraint(params, decode_shardings(mesh, params))
+
+
+def decodes_as_it_is(params: nnx.State, config: DecoderConfig, mesh: Mesh | None) -> bool:
+    """Whether a copy, stacked as they are, would be the parameters themselves."""
+    changing, frozen = trained(params)
+    base = changing if config.lora is None else frozen  # adapters are cast where they are used
+    cast = any(x.dtype != config.dtype for x in jax.tree.leaves(base))
+    if cast or mesh is None:
+        return not cast
+    places = zip(
+        jax.tree.leaves(params), jax.tree.leaves(decode_shardings(mesh, params)), strict=True
+    )
+    return all(x.sharding.is_equivalent_to(place, x.ndim) for x, place in places)
+
+
+@functools.cache
+def unstacked_graph(config: DecoderConfig) -> nnx.GraphDef[Decoder]:
+    """Structure of an unstacked decoder of these sizes."""
+
+    def make() -> Decoder:
+        decoder = Decoder(config, rngs=nnx.Rngs(0))
+        decoder.unstack()
+        return decoder
+
+    return nnx.split(nnx.eval_shape(make))[0]
