@@ -18,6 +18,16 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=10 seed=1")
 ]
 
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Of process 0. TPU pods, SLURM and Kubernetes need none of the three.",
+    ),
+]
+Processes = Annotated[int | None, typer.Option(help="How many processes train together.")]
+Process = Annotated[int | None, typer.Option(help="Which of them this is, from 0.")]
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -33,9 +43,13 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show config, shapes and memory, and stop.")
     ] = False,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process: Process = None,
 ) -> None:
     """Train a policy; the same command goes on where a stopped run was."""
     from jaxreset.config_file import load_config
+    from jaxreset.parallel.processes import ending_together, is_leader, start
     from jaxreset.reporting.display import Display
 
     settings = load_config(config, overrides or [])
@@ -45,9 +59,11 @@ def train(
 
         describe(settings, console)
         return
-    from jaxreset.training.loop import train as run
+    start(coordinator, processes, process)
+    with ending_together():
+        from jaxreset.training.loop import train as run
 
-    run(settings, Display(console))
+        run(settings, Display(console, quiet=not is_leader()))
 
 
 @app.command("eval")
@@ -55,13 +71,22 @@ def evaluate(
     config: ConfigPath,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process: Process = None,
 ) -> None:
     """Accuracy on held-out problems: of the run's latest checkpoint, or of model.path without a run."""
     from jaxreset.config_file import load_config
-    from jaxreset.training.loop import evaluate_run
+    from jaxreset.parallel.processes import ending_together, is_leader, start
 
     settings = load_config(config, overrides or [])
-    step, result = evaluate_run(settings)
+    start(coordinator, processes, process)
+    with ending_together():
+        from jaxreset.training.loop import evaluate_run
+
+        step, result = evaluate_run(settings)
+    if not is_leader():
+        return
     if as_json:
         typer.echo(json.dumps({"step": step, **result}))
         return

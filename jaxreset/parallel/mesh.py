@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxreset.parallel.processes import gather
+
 AXES = ("data", "fsdp", "tensor")
 DATA_AXES = ("data", "fsdp")
 
@@ -113,9 +115,8 @@ def decode_shardings(mesh: Mesh, params: Any) -> Any:
     return jax.tree.map(gather, param_shardings(mesh, params))
 
 
-def device_bytes(device: jax.Device) -> int:
-    """Memory that programs on a device may use; for a CPU, the machine's."""
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def device_bytes() -> int:
+    """Memory that programs on a device may use, the least of all processes; for a CPU, the machine's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(gather([int(stats.get("bytes_limit", machine))]))

@@ -58,6 +58,8 @@ def start(
         )
     if coordinator is None and not _in_a_job():
         return
+    # Two CPU programs with exchanges that are queued at once may wait for each other's.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS

@@ -103,7 +103,8 @@ class Sampler:
         self.question_tokens = question_tokens
         self.hold_cache = hold_cache
         self._vocab = automaton.next_state.shape[1]
-        self._devices = 1 if mesh is None else mesh.size
+        devices = 1 if mesh is None else mesh.size
+        self._most_held = HELD_SHARE * devices * device_bytes()
         limits = Limits(
             np.int32(stop.max_response),
             np.int32(stop.max_steps or NO_LIMIT),
@@ -381,10 +382,7 @@ class Sampler:
             return self.hold_cache == "always"
         if self.shapes is not None and shape not in {parent for parent, _ in self.forks}:
             return False
-        device = next(iter(jax.tree.leaves(policy.params)[0].devices()))
-        return cache_bytes(policy.config, shape) <= HELD_SHARE * self._devices * device_bytes(
-            device
-        )
+        return cache_bytes(policy.config, shape) <= self._most_held
 
     def _starts(
         self,

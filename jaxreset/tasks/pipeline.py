@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from jaxreset.parallel import gather, own_share
 from jaxreset.tasks.base import Problem, Task
 from jaxreset.tasks.chain import ChainTask
 from jaxreset.tasks.math import MathTask
@@ -122,12 +123,11 @@ class PromptStream:
         self.position = 0
 
     def next(self, count: int) -> list[Prompt]:
-        """The next `count` prompts."""
-        numbers = range(self.position, self.position + count)
+        """The next `count` prompts, of which each process reads and encodes its share."""
+        own = [self.position + i for i in own_share(count)]
         self.position += count
-        return encode_prompts(
-            [self._order[i] for i in numbers], self._task, self._tokenizer, numbers
-        )
+        problems = [self._order[i] for i in own]
+        return gather(encode_prompts(problems, self._task, self._tokenizer, own))
 
 
 def encode_prompts(

@@ -21,6 +21,7 @@ from jaxreset.resets import RULES, Failure, parse_answer
 from jaxreset.sampling.rounds import Round, Snapshot, StopReason, Stream
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.pipeline import Prompt
+from jaxreset.training.scoring import score_together
 
 FAILED_BELOW = 0.5  # a score under it is a failure
 CUT = StopReason.BUDGET, StopReason.LENGTH, StopReason.STEPS  # a response that a limit ended
@@ -351,7 +352,7 @@ class _Step:
         cells = [(g, r) for g in range(n) for r in range(k)]
         texts = [self.to.decode(round_.response(g, r)) for g, r in cells]
         problems = [self.prompts[members[g]].problem for g, _ in cells]
-        scores = self.to.task.score(list(zip(problems, texts, strict=True)))
+        scores = score_together(self.to.task, list(zip(problems, texts, strict=True)))
         self.totals["tokens_sampled"] += int(round_.lengths.sum())
         self.totals["verifier/timeouts"] += len(scores.timeouts)
         self.lane_steps += round_.lane_steps

@@ -13,6 +13,7 @@ from jaxreset.sampling.rounds import Stream
 from jaxreset.sampling.sampler import Sampler
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.pipeline import Prompt
+from jaxreset.training.scoring import score_together
 
 PHASE = 2**16  # of the random streams, apart from those of training
 
@@ -53,6 +54,6 @@ def evaluate(
             temperature=temperature,
         )
         items += [(p.problem, decode(round_.response(n, 0))) for n, p in enumerate(members)]
-    solved = int((task.score(items).rewards >= 0.5).sum())
+    solved = int((score_together(task, items).rewards >= 0.5).sum())
     interval = binomtest(solved, len(items)).proportion_ci(method="wilson")
     return Accuracy(solved / len(items), float(interval.low), float(interval.high))

@@ -16,7 +16,7 @@ from jaxreset.groups import Group
 from jaxreset.microbatches import GroupBatch, PackShape, empty_batch, pack
 from jaxreset.models.adapters import trained
 from jaxreset.models.policy import Policy
-from jaxreset.parallel import rows_sharding
+from jaxreset.parallel import put, rows_sharding
 from jaxreset.training.checkpoints import Progress
 from jaxreset.training.update import (
     LossForm,
@@ -272,4 +272,4 @@ class Learner:
         return {"logp_gap": 0.0, "policy/entropy": 0.0}
 
     def _put(self, batch: GroupBatch) -> GroupBatch:
-        return jax.device_put(batch, self._rows)
+        return put(batch, self._rows)

@@ -16,6 +16,7 @@ from jaxreset.losses import token_logps
 from jaxreset.models.packing import one_group_each
 from jaxreset.models.policy import Policy
 from jaxreset.models.precision import computing_decoder
+from jaxreset.parallel import fetch
 from jaxreset.resets import Failure
 from jaxreset.sampling.rounds import Snapshot, Stream
 from jaxreset.sampling.sampler import Sampler
@@ -160,7 +161,7 @@ class ScoringLocalizer:
         scores = score_answers(
             policy.params, tokens, lengths, self._answers, self._lengths, graph=policy.graph
         )
-        return np.asarray(scores)
+        return fetch(scores)
 
 
 @partial(jax.jit, static_argnames="graph")

@@ -18,7 +18,7 @@ from jaxreset.microbatches import PackShape, pack_shapes
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import Policy, load_policy, new_policy
 from jaxreset.objectives import Objective
-from jaxreset.parallel import data_shards, make_mesh, param_shardings
+from jaxreset.parallel import data_shards, make_mesh, param_shardings, put
 from jaxreset.sampling import Sampler, Shape, StopRules
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.chain import TOKENIZER, ChainTask
@@ -209,7 +209,7 @@ def _make_experiment(config: Config) -> Experiment:
 
 def _spread(policy: Policy, mesh: jax.sharding.Mesh) -> Policy:
     """With its parameters where they belong on the mesh."""
-    params = jax.device_put(policy.params, param_shardings(mesh, policy.params))
+    params = put(policy.params, param_shardings(mesh, policy.params))
     return policy.with_params(params, policy.version)
 
 
