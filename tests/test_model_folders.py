@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_helpers import (
@@ -17,7 +16,10 @@ from model_helpers import (
 )
 from safetensors.numpy import load_file, save_file
 
+from jaxreset.models import reading
 from jaxreset.models.policy import load_policy
+from jaxreset.parallel import make_mesh
+from jaxreset.training.compiles import compiles
 
 
 def truncate(folder):
@@ -125,9 +127,12 @@ def test_a_damaged_folder_is_refused_by_name_and_before_computing(
 ):
     folder = fixture_folder(tmp_path)
     damage(folder)
-    monkeypatch.setattr(jnp, "asarray", lambda *_: pytest.fail("computed before checking"))
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load_policy(folder)
+    monkeypatch.setattr(reading, "place", lambda *_: pytest.fail("read before checking"))
+    before = compiles()
+    for mesh in (None, make_mesh(1, 4, 2)):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_policy(folder, mesh=mesh)
+    assert compiles() == before
 
 
 def test_impossible_dtypes_are_refused(tmp_path):

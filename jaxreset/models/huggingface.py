@@ -15,6 +15,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,22 +23,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxreset.models import config_json
+from jaxreset.models import config_json, reading
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.config_json import read_config, read_json
 from jaxreset.models.decoder import Decoder
+from jaxreset.models.reading import INDEX, WEIGHTS, Stored, weight_files
 from jaxreset.parallel import fetch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG, GENERATION = config_json.FILE, "generation_config.json"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
-STORED_DTYPES = ("F32", "BF16", "F16", "F64")
 # What a folder's config.json says besides the decoder's sizes, and an export of it says again.
 KEPT = ("max_position_embeddings", "bos_token_id", "pad_token_id")
 
@@ -114,14 +113,18 @@ def abstract_decoder(config: DecoderConfig) -> tuple[nnx.GraphDef[Decoder], nnx.
 # Reading
 
 
-def load_params(path: str | Path, config: DecoderConfig) -> nnx.State:
+def load_params(
+    path: str | Path, config: DecoderConfig, shardings: nnx.State | None = None
+) -> nnx.State:
     """Parameters of a folder, stacked over layers, in `config.dtype`.
 
-    Tensors are read one by one: at most one stacked parameter is on the host besides the result.
+    Each device's part of a parameter is read on its own: the host holds one part and the pages of
+    one tensor at a time, and a process reads only what its own devices hold.
 
     Args:
       path: a folder with `model.safetensors`, or with shards and `model.safetensors.index.json`.
       config: as `read_config` gives it.
+      shardings: of each parameter, a tree like the result; None: all on the default device.
 
     Raises:
       FileNotFoundError: no weights, or a shard of the index is not there.
@@ -129,20 +132,39 @@ def load_params(path: str | Path, config: DecoderConfig) -> nnx.State:
     """
     config_json.check_dtype(config.dtype)
     folder = Path(path)
-    stored = _open_tensors(folder)
+    stored = reading.stored_tensors(folder)
     table = tensor_table(config)
     _check_tensors(folder, stored, table, config)
 
     flat = dict(nnx.to_flat_state(abstract_decoder(config)[1]))
-    for tensor in table:
+    where = {} if shardings is None else dict(nnx.to_flat_state(shardings))
+    # The largest first, while most memory is free.
+    for tensor in sorted(table, key=lambda tensor: math.prod(tensor.shape), reverse=True):
         param = flat[tensor.path]
-        array = np.empty(param.shape, param.dtype)
-        slots = array if "{}" in tensor.name else array[None]
-        for slot, name in zip(slots, tensor.names(config.layers), strict=True):
-            source = stored[name].reader.get_tensor(name)
-            slot[...] = (source.T if tensor.transposed else source).reshape(slot.shape)
-        flat[tensor.path] = param.replace(jnp.asarray(array))
+        sources = [stored[name] for name in tensor.names(config.layers)]
+        sharding = where[tensor.path].get_value() if where else None
+        read = partial(_read, tensor, sources, param.shape, param.dtype)
+        flat[tensor.path] = param.replace(reading.place(param.shape, read, sharding))
     return nnx.from_flat_state(flat)
+
+
+def _read(
+    tensor: Tensor,
+    sources: Sequence[Stored],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    index: reading.Index,
+) -> np.ndarray:
+    """The part at `index` of a parameter of that shape, from the tensors that hold its layers."""
+    part = np.empty([len(range(n)[axis]) for n, axis in zip(shape, index, strict=True)], dtype)
+    slots = part[None]
+    if "{}" in tensor.name:
+        sources, shape, index, slots = sources[index[0]], shape[1:], index[1:], part
+    for slot, source in zip(slots, sources, strict=True):
+        whole = source.view()
+        # Splitting an axis into heads copies nothing, so only what the index takes is read.
+        slot[...] = (whole.T if tensor.transposed else whole).reshape(shape)[index]
+    return part
 
 
 def read_metadata(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -151,50 +173,8 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, Any]]:
     return {file.name: read_json(file) for file in files if file.name == CONFIG or file.is_file()}
 
 
-class _Stored(NamedTuple):
-    """A tensor in an open safetensors file, of which only the header has been read."""
-
-    file: Path
-    reader: Any  # safetensors.safe_open
-
-
-def weight_files(path: str | Path) -> list[Path]:
-    """The safetensors files of a folder.
-
-    Raises:
-      FileNotFoundError: it has none, or lacks a shard of its index.
-    """
-    folder = Path(path)
-    if (folder / WEIGHTS).is_file():  # first, as in transformers, whatever an index says
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        raise FileNotFoundError(
-            f"{folder} holds neither {WEIGHTS} nor {INDEX}; save the model as safetensors"
-        )
-    placed = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(placed, dict) or not placed:
-        raise ValueError(f"{folder / INDEX}: weight_map is {placed!r}; expected tensors and files")
-    files = [folder / name for name in sorted(set(placed.values()))]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist, but {INDEX} lists it; copy it there")
-    return files
-
-
-def _open_tensors(folder: Path) -> dict[str, _Stored]:
-    """All tensors of a folder by name."""
-    stored: dict[str, _Stored] = {}
-    for file in weight_files(folder):
-        try:
-            reader = safe_open(file, framework="numpy")
-        except SafetensorError as error:
-            raise ValueError(f"{file} is truncated or damaged ({error}); copy it again") from error
-        stored |= dict.fromkeys(reader.keys(), _Stored(file, reader))
-    return stored
-
-
 def _check_tensors(
-    folder: Path, stored: Mapping[str, _Stored], table: Sequence[Tensor], config: DecoderConfig
+    folder: Path, stored: Mapping[str, Stored], table: Sequence[Tensor], config: DecoderConfig
 ) -> None:
     """Refuses a folder whose tensors are not those of the table, in name, shape or kind."""
     expected = {name: tensor.shape for tensor in table for name in tensor.names(config.layers)}
@@ -202,16 +182,15 @@ def _check_tensors(
         files = ", ".join(sorted({tensor.file.name for tensor in stored.values()}))
         raise ValueError(f"{folder}: {CONFIG} asks for {_some(missing)}, not in {files}")
     for name, shape in expected.items():
-        file, reader = stored[name]
-        found = tuple(reader.get_slice(name).get_shape())
+        file, dtype, found, _ = stored[name]
         if found != shape:
             raise ValueError(
                 f"{file}: tensor {name} is {list(found)}; {CONFIG} asks for {list(shape)}"
             )
-        if (dtype := reader.get_slice(name).get_dtype()) not in STORED_DTYPES:
+        if dtype not in reading.STORED_DTYPES:
             raise ValueError(
                 f"{file}: tensor {name} is stored as {dtype}; expected one of "
-                f"{', '.join(STORED_DTYPES)}"
+                f"{', '.join(reading.STORED_DTYPES)}"
             )
     # Older Llama checkpoints store the rotary frequencies, which follow from the config.
     extra = sorted(stored.keys() - expected.keys())
@@ -219,7 +198,7 @@ def _check_tensors(
     embed, head = table[0].name, "lm_head.weight"
     if config.tie_embeddings and head in extra:
         extra.remove(head)
-        if not np.array_equal(*(stored[name].reader.get_tensor(name) for name in (head, embed))):
+        if not reading.equal(stored[head], stored[embed]):
             raise ValueError(
                 f"{stored[head].file}: tensor {head} differs from {embed}, but {CONFIG} ties them; "
                 "set tie_word_embeddings to false"

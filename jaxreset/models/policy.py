@@ -30,6 +30,7 @@ from jaxreset.models.config_json import read_json
 from jaxreset.models.decoder import Decoder
 from jaxreset.models.lora import LINEAR, LoRA, Target
 from jaxreset.models.precision import computing_decoder
+from jaxreset.parallel import param_shardings
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -122,12 +123,16 @@ def _logits(graph: nnx.GraphDef[Decoder], params: nnx.State, tokens: jax.Array) 
     return computing_decoder(graph, params).logits(tokens)
 
 
-def load_policy(path_or_name: str | Path, *, dtype: str = "float32") -> Policy:
+def load_policy(
+    path_or_name: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
+) -> Policy:
     """Reads a checkpoint of Qwen2, Qwen2.5, Qwen3 or Llama 3.
 
     Args:
       path_or_name: a local folder, or a name on the Hugging Face Hub; its local copy is preferred.
       dtype: of the parameters: "float32", "bfloat16", "float16" or "float64".
+      mesh: parameters are read straight to where `param_shardings` puts them on it; None: to the
+        default device.
 
     Raises:
       FileNotFoundError: no such folder or Hub name, or one of its files is missing.
@@ -138,8 +143,9 @@ def load_policy(path_or_name: str | Path, *, dtype: str = "float32") -> Policy:
     metadata = huggingface.read_metadata(folder)
     tokenizer = _load_tokenizer(folder)
     _check_tokenizer(tokenizer, config, str(folder))
-    params = huggingface.load_params(folder, config)
-    graph, _ = huggingface.abstract_decoder(config)
+    graph, abstract = huggingface.abstract_decoder(config)
+    shardings = None if mesh is None else param_shardings(mesh, abstract)
+    params = huggingface.load_params(folder, config, shardings)
     eos_ids = _eos_ids(config, tokenizer, metadata)
     return Policy(graph, params, config, tokenizer, eos_ids, metadata=metadata)
 

@@ -126,7 +126,7 @@ class Experiment:
         policy = policy.with_lora(
             lora.rank, lora.alpha, targets=lora.targets, seed=self.config.seed
         )
-        return policy if self.mesh is None else _spread(policy, self.mesh)
+        return _spread(policy, self.mesh)
 
     def compile_sampling(self, policy: Policy) -> None:
         """Compiles all that sampling, asking and evaluating will need."""
@@ -160,7 +160,8 @@ def _make_experiment(config: Config) -> Experiment:
     plan = make_plan(config, objective, shards=data_shards(mesh))
     task = make_task(config.task)
     problems = _problems(config, task)
-    policy = _policy(config)
+    spread = mesh if mesh.size > 1 else None
+    policy = _policy(config, spread)
 
     refuse = config.data.overlong == "refuse"
     limit = config.sampling.max_prompt_tokens
@@ -168,9 +169,6 @@ def _make_experiment(config: Config) -> Experiment:
     test, _ = fit_prompts(problems.test, task, policy.tokenizer, limit, refuse=refuse)
     problems = Problems(train, test)
 
-    spread = mesh if mesh.size > 1 else None
-    if spread is not None:
-        policy = _spread(policy, mesh)
     s = config.sampling
     sampler = Sampler.for_policy(
         policy,
@@ -207,8 +205,10 @@ def _make_experiment(config: Config) -> Experiment:
     )
 
 
-def _spread(policy: Policy, mesh: jax.sharding.Mesh) -> Policy:
-    """With its parameters where they belong on the mesh."""
+def _spread(policy: Policy, mesh: jax.sharding.Mesh | None) -> Policy:
+    """With its parameters where they belong on the mesh, if there is one."""
+    if mesh is None:
+        return policy
     params = put(policy.params, param_shardings(mesh, policy.params))
     return policy.with_params(params, policy.version)
 
@@ -287,9 +287,10 @@ def _problems(config: Config, task: Task) -> Problems:
     return read_problems(data.path, data.eval_path, test_size=data.eval_size)
 
 
-def _policy(config: Config) -> Policy:
+def _policy(config: Config, mesh: jax.sharding.Mesh | None) -> Policy:
+    """The config's, its parameters where they belong on the mesh."""
     if config.model.path is not None:
-        return load_policy(config.model.path, dtype=config.model.dtype)
+        return load_policy(config.model.path, dtype=config.model.dtype, mesh=mesh)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
@@ -305,4 +306,4 @@ def _policy(config: Config) -> Policy:
         tie_embeddings=False,
         dtype=config.model.dtype,
     )
-    return new_policy(sizes, tokenizer, seed=config.seed)
+    return _spread(new_policy(sizes, tokenizer, seed=config.seed), mesh)
