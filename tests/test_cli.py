@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from jaxreset import cli
 from jaxreset.errors import RunError
 from jaxreset.models.block import DecoderConfig
-from jaxreset.models.policy import load_policy
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask
 from jaxreset.training import loop
@@ -95,7 +94,6 @@ def test_help_lists_typed_arguments(command, arguments):
 
 
 def test_a_dry_run_prints_shapes_and_memory_and_does_nothing(jaxreset, model, tmp_path):
-    load_policy(model)  # placing its parameters compiles one-line programs
     before = compiles()
     shown = jaxreset("train", "--dry-run", f"run.dir={tmp_path}/run")
     assert compiles() == before

@@ -23,6 +23,7 @@ from jaxreset.models import huggingface, reading
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import load_policy
 from jaxreset.parallel import make_mesh, param_shardings
+from jaxreset.training.compiles import compiles
 
 SIZES = DecoderConfig(vocab=40, layers=3, width=24, heads=8, kv_heads=2, head_dim=4, mlp=16)
 CONFIGS = {
@@ -46,11 +47,13 @@ def folder(request, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_parameters_are_the_same_on_every_mesh(folder, dtype):
+def test_parameters_are_the_same_on_every_mesh_and_nothing_is_compiled(folder, dtype):
+    before = compiles()
     whole = load_policy(folder, dtype=dtype)
-    for sizes in MESHES:
+    loaded = [load_policy(folder, dtype=dtype, mesh=make_mesh(*sizes)) for sizes in MESHES]
+    assert compiles() == before
+    for sizes, spread in zip(MESHES, loaded, strict=True):
         mesh = make_mesh(*sizes)
-        spread = load_policy(folder, dtype=dtype, mesh=mesh)
         assert_same_params(spread.params, whole.params)
         expected = jax.device_put(whole.params, param_shardings(mesh, whole.params))
         for ours, theirs in zip(*map(jax.tree.leaves, (spread.params, expected)), strict=True):

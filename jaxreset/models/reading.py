@@ -120,7 +120,7 @@ def place(
       sharding: where the parts lie; None: whole on the default device.
     """
     if sharding is None:
-        return jnp.asarray(read((slice(None),) * len(shape)))
+        return jax.device_put(read((slice(None),) * len(shape)))
     parts: dict[tuple[range, ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None  # None is for the devices of other processes
