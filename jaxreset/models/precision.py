@@ -31,7 +31,10 @@ def widened(tree: Tree) -> Tree:
 
 def computing_decoder(graph: nnx.GraphDef[Decoder], *params: nnx.State) -> Decoder:
     """The decoder with its parameters in the dtype that it computes in; adapters cast their own."""
-    decoder = nnx.merge(graph, *params)
-    _, others = nnx.state(decoder, AdapterParam, ...)
-    nnx.update(decoder, jax.tree.map(lambda x: x.astype(decoder.config.dtype), others))
-    return decoder
+    dtype = nnx.merge(graph, *params).config.dtype
+
+    def cast(state: nnx.State) -> nnx.State:
+        adapters, others = nnx.split_state(state, AdapterParam, ...)
+        return nnx.merge_state(adapters, jax.tree.map(lambda x: x.astype(dtype), others))
+
+    return nnx.merge(graph, *map(cast, params))

@@ -25,6 +25,7 @@ Item = TypeVar("Item")
 
 HEARTBEAT_SECONDS = 30  # without a sign of life after which a process counts as lost
 FAILURE = "jaxreset/failure"  # key of the coordination service: why a process has failed
+LEAST_GATHERED = 4096  # bytes; each size takes a program of its own
 FAREWELL_SECONDS = (
     3.0  # for the others to read it: the service may end with the process that failed
 )
@@ -102,7 +103,8 @@ def gather(items: Sequence[Item]) -> list[Item]:
         return list(items)
     mine = np.frombuffer(pickle.dumps(list(items)), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(len(mine), np.int32))
-    padded = np.zeros(int(sizes.max()), np.uint8)
+    longest = max(int(sizes.max()), LEAST_GATHERED)
+    padded = np.zeros(1 << (longest - 1).bit_length(), np.uint8)
     padded[: len(mine)] = mine
     every = multihost_utils.process_allgather(padded)
     return [
