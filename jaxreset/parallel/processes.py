@@ -26,9 +26,8 @@ Item = TypeVar("Item")
 HEARTBEAT_SECONDS = 30  # without a sign of life after which a process counts as lost
 FAILURE = "jaxreset/failure"  # key of the coordination service: why a process has failed
 LEAST_GATHERED = 4096  # bytes; each size takes a program of its own
-FAREWELL_SECONDS = (
-    3.0  # for the others to read it: the service may end with the process that failed
-)
+# For the others to read why: the service may end with the process that failed.
+FAREWELL_SECONDS = 3.0
 
 
 def start(
