@@ -13,9 +13,7 @@ from scipy import stats
 
 from jaxreset.groups import Group
 from jaxreset.microbatches import PackShape, pack
-from jaxreset.parallel import make_mesh, param_shardings
 from jaxreset.sampling import Sampler, Shape, Snapshot, StopReason, StopRules, Stream
-from jaxreset.sampling.programs import Programs
 from jaxreset.steps import build_automaton, token_bytes
 from jaxreset.training.compiles import compiles
 from jaxreset.training.update import exists, score
@@ -507,44 +505,3 @@ def test_bad_inputs_are_named(policy32, sampler, name):
     call = {"prompts": [[5, 6]], "rows": 4, "stream": Stream(0)} | BAD_INPUTS[name]
     with pytest.raises(ValueError, match=f"{list(BAD_INPUTS[name])[-1]}.*expected"):
         sampler.sample(policy32, **call)
-
-
-# Meshes
-
-
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1)], ids=str)
-def test_a_mesh_draws_the_tokens_of_one_device(policy64, sampler, sizes, monkeypatch):
-    mesh = make_mesh(*sizes)
-    spread = Sampler(
-        sampler.automaton,
-        sampler.stop,
-        eos_ids=sampler.eos_ids,
-        shapes=sampler.shapes,
-        forks=sampler.forks,
-        mesh=mesh,
-    )
-    params = jax.device_put(policy64.params, param_shardings(mesh, policy64.params))
-    sharded = policy64.with_params(params, policy64.version)
-    prompts = random_prompts()
-    for temperature in (0.0, 1.0):
-        draw = {"stream": Stream(40), "temperature": temperature}
-        here = sampler.sample(policy64, prompts, rows=4, **draw)
-        there = spread.sample(sharded, prompts, rows=4, **draw)
-        assert_rounds_equal(here, there)
-        keys = there.held[0].pages.stores[0][0].keys
-        assert keys.sharding.shard_shape(keys.shape)[1] == sizes[2]  # 8 groups are split
-        # As many as each shard has room for, or (prefilled then) more of one shard's.
-        cuts = random_snapshots(here, CUTS, seed=9)
-        cuts = cuts[: CUTS // 2] if sizes[0] == 2 else [cut for cut in cuts if cut.group == 3] * 2
-        elsewhere = [cut._replace(round=there) for cut in cuts]
-        with monkeypatch.context() as patch:
-            patch.setattr(Programs, "prefill" if sizes[0] == 2 else "fork", None)  # not called
-            there = spread.resume(sharded, elsewhere, rows=1, **draw)
-        assert_rounds_equal(sampler.resume(policy64, cuts, rows=1, **draw), there)
-
-
-def assert_rounds_equal(ours, theirs, atol=1e-9):
-    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
-    np.testing.assert_array_equal(ours.lengths, theirs.lengths)
-    np.testing.assert_array_equal(ours.reasons, theirs.reasons)
-    np.testing.assert_allclose(ours.behavior_logps, theirs.behavior_logps, rtol=0, atol=atol)

@@ -30,7 +30,7 @@ from jaxreset.models.config_json import read_json
 from jaxreset.models.decoder import Decoder
 from jaxreset.models.lora import LINEAR, LoRA, Target
 from jaxreset.models.precision import computing_decoder
-from jaxreset.parallel import param_shardings
+from jaxreset.parallel import check_sizes, param_shardings
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -143,6 +143,8 @@ def load_policy(
     metadata = huggingface.read_metadata(folder)
     tokenizer = _load_tokenizer(folder)
     _check_tokenizer(tokenizer, config, str(folder))
+    if mesh is not None:
+        check_sizes(mesh, heads=config.heads, mlp=config.mlp, width=config.width)
     graph, abstract = huggingface.abstract_decoder(config)
     shardings = None if mesh is None else param_shardings(mesh, abstract)
     params = huggingface.load_params(folder, config, shardings)

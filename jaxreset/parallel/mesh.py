@@ -46,6 +46,28 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def check_sizes(mesh: Mesh, *, heads: int, mlp: int, width: int) -> None:
+    """Refuses a mesh over which a decoder's largest arrays can't be split.
+
+    Few key-value heads are no hindrance, nor is an odd vocabulary: they are left whole.
+
+    Raises:
+      ValueError: an axis that doesn't divide heads, the MLP or the width, with the arithmetic.
+    """
+    for axis, name, size in (
+        ("tensor", "attention heads", heads),
+        ("tensor", "hidden units of an MLP", mlp),
+        ("fsdp", "numbers of a hidden state", width),
+    ):
+        parts = mesh.shape[axis]
+        if size % parts:
+            good = [n for n in range(1, 2 * parts) if size % n == 0]
+            raise ValueError(
+                f"mesh.{axis} {parts} does not divide the model's {size} {name} ({size} / {parts} = "
+                f"{size / parts:.2f}); {', '.join(map(str, good))} would"
+            )
+
+
 def param_shardings(mesh: Mesh, params: Any) -> Any:
     """A tree of shardings like `params`, from `PARAM_AXES`.
 

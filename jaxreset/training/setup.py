@@ -18,7 +18,7 @@ from jaxreset.microbatches import PackShape, pack_shapes
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import Policy, load_policy, new_policy
 from jaxreset.objectives import Objective
-from jaxreset.parallel import data_shards, make_mesh, param_shardings, put
+from jaxreset.parallel import check_sizes, data_shards, make_mesh, param_shardings, put
 from jaxreset.sampling import Sampler, Shape, StopRules
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.chain import TOKENIZER, ChainTask
@@ -306,4 +306,6 @@ def _policy(config: Config, mesh: jax.sharding.Mesh | None) -> Policy:
         tie_embeddings=False,
         dtype=config.model.dtype,
     )
+    if mesh is not None:
+        check_sizes(mesh, heads=sizes.heads, mlp=sizes.mlp, width=sizes.width)
     return _spread(new_policy(sizes, tokenizer, seed=config.seed), mesh)
