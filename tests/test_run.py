@@ -92,11 +92,9 @@ def saved_state(result):
     """Everything of a run's last checkpoint, gradients waiting for an optimizer step included."""
     config = load_config(result.folder / "config.yaml")
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    checkpoints = Checkpoints(result.folder / "checkpoints", keep=2)
+    checkpoints = Checkpoints(result.folder / "checkpoints", config.checkpoint)
     params, _ = trained(result.policy.params)
-    state, progress = checkpoints.restore(init_state(params, optimizer))
-    checkpoints.close()
-    return state, progress
+    return checkpoints.restore(init_state(params, optimizer))
 
 
 def assert_same_end(one, other):
@@ -248,10 +246,10 @@ def test_adapters_alone_are_trained_and_saved(tmp_path, monkeypatch, capsys):
 def test_a_killed_run_starts_again_at_its_checkpoint(unstopped, tmp_path, monkeypatch):
     save = Checkpoints.save
 
-    def killed(self, state, progress):
+    def killed(self, state, progress, *metrics):
         if progress.step == 4:
             raise KeyboardInterrupt
-        save(self, state, progress)
+        save(self, state, progress, *metrics)
 
     monkeypatch.setattr(Checkpoints, "save", killed)
     with pytest.raises(KeyboardInterrupt):
