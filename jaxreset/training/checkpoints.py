@@ -92,12 +92,15 @@ class Checkpoints:
         if progress.step == self._last:
             return
         record = progress._asdict()
-        sums = np.append(fetch(checksums(_named(state))), _record_sum(record))
         accuracy = (metrics or {}).get(ACCURACY)
         try:
             saving = self._opened().save_checkpointables_async(
                 progress.step,
-                {"state": _named(state), "progress": record, "checksums": sums},
+                {
+                    "state": _named(state),
+                    "progress": record,
+                    "checksums": _sums(_named(state), record),
+                },
                 force=True,
                 metrics=None if accuracy is None else {ACCURACY: accuracy},
             )
@@ -140,19 +143,21 @@ class Checkpoints:
         """
         damaged = {}
         for step in reversed(saved_steps(self.path)):
-            state, progress, reason = self._load(step, like)
-            # One process may read what another can't.
-            if reasons := [r for r in gather([reason]) if r is not None]:
-                damaged[step] = reasons[0]
+            loaded, reason = self._load(step, like)
+            reason = _first(reason)  # one process may read what another can't
+            if reason is None:
+                reason = _first(_differing(loaded))
+            if reason is not None:
+                damaged[step] = reason
                 continue
-            assert state is not None
-            assert progress is not None
             if damaged and is_leader():
                 logger.warning("%s; going back to step %d", self._tell(damaged), step)
             if set_aside:
                 self._set_aside(list(damaged))
             self._last = step
-            return state, progress
+            leaves = [loaded["state"][name] for name in _named(like)]
+            state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+            return state, Progress(**loaded["progress"])
         if not damaged:
             raise FileNotFoundError(f"no checkpoint in {self.path}")
         raise RunError(
@@ -160,10 +165,8 @@ class Checkpoints:
             "start anew with another run.dir"
         )
 
-    def _load(
-        self, step: int, like: TrainState
-    ) -> tuple[TrainState | None, Progress | None, str | None]:
-        """State and progress of one checkpoint, or what is wrong with it."""
+    def _load(self, step: int, like: TrainState) -> tuple[dict[str, Any], str | None]:
+        """What is in a checkpoint, unchecked; or why it can't be read."""
         targets = _named(abstract(like))
         wanted = {
             "state": targets,
@@ -172,17 +175,9 @@ class Checkpoints:
         }
         try:
             with _alone():
-                loaded = ocp.load_checkpointables(self.path / str(step), wanted)
+                return ocp.load_checkpointables(self.path / str(step), wanted), None
         except Exception as error:  # anything may be raised by bytes that are anything
-            return None, None, _reason(error)
-        state, record = loaded["state"], loaded["progress"]
-        sums = np.append(fetch(checksums(state)), _record_sum(record))
-        differing = np.flatnonzero(sums != np.asarray(loaded["checksums"]))
-        if differing.size:
-            named = [*sorted(state), "progress"]
-            return None, None, f"not what was saved: {named[differing[0]]}"
-        leaves = [state[name] for name in targets]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), Progress(**record), None
+            return {}, _reason(error)
 
     def _opened(self) -> ocp.training.Checkpointer:
         """Orbax's, which removes what a kill left half-written."""
@@ -250,12 +245,10 @@ def _unreadable(path: Path, step: int) -> str | None:
 
 def _alone() -> ocp.Context:
     """Reads in each process by itself: one that fails doesn't keep the others waiting for it."""
-    index = jax.process_index()
-    return ocp.Context(
-        multiprocessing_options=ocp.options.MultiprocessingOptions(
-            primary_host=index, active_processes={index}
-        )
-    )
+    context, index = ocp.Context(), jax.process_index()
+    context.multiprocessing.primary_host = index
+    context.multiprocessing.active_processes = {index}
+    return context
 
 
 def _reason(error: BaseException) -> str:
@@ -265,8 +258,23 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).partition(' [')[0].partition(chr(10))[0]}"
 
 
-def _record_sum(record: dict[str, Any]) -> np.uint32:
-    return np.uint32(zlib.crc32(json.dumps(record, sort_keys=True).encode()))
+def _sums(state: dict[str, Any], record: dict[str, Any]) -> np.ndarray:
+    """Checksums of the arrays in their names' order, and of the progress: uint32 `[arrays + 1]`."""
+    of_record = zlib.crc32(json.dumps(record, sort_keys=True).encode())
+    return np.append(fetch(checksums(state)), np.uint32(of_record))
+
+
+def _differing(loaded: dict[str, Any]) -> str | None:
+    """What isn't as it was saved."""
+    state, record = loaded["state"], loaded["progress"]
+    differ = _sums(state, record) != np.asarray(loaded["checksums"])
+    names = [name for name, d in zip([*sorted(state), "progress"], differ, strict=True) if d]
+    return f"other bits than were saved: {', '.join(names[:3])}" if names else None
+
+
+def _first(reason: str | None) -> str | None:
+    """The first reason that any process has."""
+    return next((r for r in gather([reason]) if r is not None), None)
 
 
 def save_params(path: Path, params: Any) -> None:
