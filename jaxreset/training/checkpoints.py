@@ -233,11 +233,13 @@ def _kept(config: Checkpoint) -> Any:
 
 
 def _unreadable(path: Path, step: int) -> str | None:
-    """Why Orbax's list of checkpoints would break at this one."""
+    """Why Orbax's list of checkpoints, or the choice among them, would break at this one."""
+    metrics = path / str(step) / "metrics" / "metrics"
     try:
         with _alone():
-            if "metrics" in ocp.checkpointables_metadata(path / str(step)).metadata:
-                ocp.load_checkpointables(path / str(step), {"metrics": None})
+            ocp.checkpointables_metadata(path / str(step))
+        if metrics.exists():
+            float(json.loads(metrics.read_bytes())[ACCURACY])
     except Exception as error:
         return _reason(error)
     return None
@@ -253,9 +255,11 @@ def _alone() -> ocp.Context:
 
 def _reason(error: BaseException) -> str:
     """What was the matter in the first place, without the settings that TensorStore repeats."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return f"{type(error).__name__}: {str(error).partition(' [')[0].partition(chr(10))[0]}"
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if cause is not None:
+        return _reason(cause)
+    first_line = str(error).partition("\n")[0].partition(" [")[0]
+    return f"{type(error).__name__}: {first_line}"
 
 
 def _sums(state: dict[str, Any], record: dict[str, Any]) -> np.ndarray:
