@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from jaxreset.errors import ConfigError, RunError
+from jaxreset.errors import PREEMPTED, ConfigError, PreemptedError, RunError
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file; see configs/")]
 Overrides = Annotated[
@@ -47,7 +47,10 @@ def train(
     processes: Processes = None,
     process: Process = None,
 ) -> None:
-    """Train a policy; the same command goes on where a stopped run was."""
+    """Train a policy; the same command goes on where a stopped run was.
+
+    After SIGTERM the last finished step is saved, and the exit code is 75.
+    """
     from jaxreset.config_file import load_config
     from jaxreset.parallel.processes import ending_together, is_leader, start
     from jaxreset.reporting.display import Display
@@ -82,7 +85,7 @@ def evaluate(
     settings = load_config(config, overrides or [])
     start(coordinator, processes, process)
     with ending_together():
-        from jaxreset.training.loop import evaluate_run
+        from jaxreset.training.finished import evaluate_run
 
         step, result = evaluate_run(settings)
     if not is_leader():
@@ -108,7 +111,7 @@ def export(
 ) -> None:
     """Write the run's latest checkpoint as a Hugging Face folder; adapters are merged."""
     from jaxreset.config_file import load_config
-    from jaxreset.training.loop import export_run
+    from jaxreset.training.finished import export_run
 
     settings = load_config(config, overrides or [])
     try:
@@ -124,6 +127,9 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
+    except PreemptedError as error:
+        Console(stderr=True).print(escape(str(error)), highlight=False, soft_wrap=True)
+        raise SystemExit(PREEMPTED) from None
     except (ConfigError, RunError) as error:
         # Escaped: a message may hold square brackets, and they aren't markup.
         message = f"[bold red]error:[/] {escape(str(error))}"

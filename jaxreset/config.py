@@ -242,13 +242,22 @@ class Checkpoint(Section):
     """Orbax checkpoints."""
 
     every_steps: PositiveInt = 10
-    keep: PositiveInt = 2
+    keep: PositiveInt = Field(2, description="latest ones kept")
+    keep_best: NonNegativeInt = Field(
+        0, description="kept too: most accurate ones; evaluated steps are saved then"
+    )
+    keep_every_hours: PositiveFloat | None = Field(
+        None, description="kept too: the first one, and one each time so much later"
+    )
 
 
 class Run(Section):
     """The run folder and what is logged."""
 
     dir: str = "runs/quickstart"
+    compile_cache: bool | str = Field(
+        True, description="keep compiled programs in dir/cache, or the folder named; false: don't"
+    )
     rollouts_mb: NonNegativeFloat = Field(200.0, description="disk for rollouts; oldest go first")
     profile_steps: tuple[int, ...] = Field((), description="steps to trace with jax.profiler")
     tensorboard: bool = False

@@ -78,7 +78,7 @@ def _explain(error: Any) -> str:
     """One problem in one line: field, value, expectation."""
     # A union adds the names of its types, which aren't keys.
     parts = [p for p in error["loc"] if isinstance(p, int) or str(p).isidentifier()]
-    field = ".".join(str(p) for p in parts if p not in ("float", "tuple", "str"))
+    field = ".".join(str(p) for p in parts if p not in ("float", "tuple", "str", "bool"))
     if error["type"] == "extra_forbidden":
         section: Any = Config
         for part in error["loc"][:-1]:

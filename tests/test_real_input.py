@@ -25,7 +25,8 @@ from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import load_policy
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.math import MathTask
-from jaxreset.training.loop import export_run, train
+from jaxreset.training.finished import export_run
+from jaxreset.training.loop import train
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = REPOSITORY / "configs" / "gsm8k.yaml"

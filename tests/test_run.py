@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ from jaxreset.config_file import load_config
 from jaxreset.errors import RunError
 from jaxreset.models.adapters import trained
 from jaxreset.models.policy import load_policy
+from jaxreset.tasks import pipeline
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask
 from jaxreset.training.checkpoints import Checkpoints, load_params
@@ -92,11 +95,9 @@ def saved_state(result):
     """Everything of a run's last checkpoint, gradients waiting for an optimizer step included."""
     config = load_config(result.folder / "config.yaml")
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    checkpoints = Checkpoints(result.folder / "checkpoints", keep=2)
+    checkpoints = Checkpoints(result.folder / "checkpoints", config.checkpoint)
     params, _ = trained(result.policy.params)
-    state, progress = checkpoints.restore(init_state(params, optimizer))
-    checkpoints.close()
-    return state, progress
+    return checkpoints.restore(init_state(params, optimizer))
 
 
 def assert_same_end(one, other):
@@ -248,10 +249,10 @@ def test_adapters_alone_are_trained_and_saved(tmp_path, monkeypatch, capsys):
 def test_a_killed_run_starts_again_at_its_checkpoint(unstopped, tmp_path, monkeypatch):
     save = Checkpoints.save
 
-    def killed(self, state, progress):
+    def killed(self, state, progress, *metrics):
         if progress.step == 4:
             raise KeyboardInterrupt
-        save(self, state, progress)
+        save(self, state, progress, *metrics)
 
     monkeypatch.setattr(Checkpoints, "save", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -265,6 +266,113 @@ def test_a_killed_run_starts_again_at_its_checkpoint(unstopped, tmp_path, monkey
     resumed = train(tiny(tmp_path))
     assert repeatable(resumed.history) == repeatable(unstopped.history)
     assert_same_end(resumed, unstopped)
+
+
+def sigterm_at(call):
+    """Scores as `even_length`; the machine is to be taken away while it does so for the nth time."""
+    calls = []
+
+    def score(task, items):
+        calls.append(len(items))
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return even_length(task, items)
+
+    return score
+
+
+@pytest.mark.parametrize(("call", "step"), [(5, 1), (11, 4)])
+def test_sigterm_ends_a_run_before_its_next_round(
+    unstopped, tmp_path, monkeypatch, capsys, call, step
+):
+    """Two evaluations at the start and the end, and two rounds a step: what is drawn of a step is
+    thrown away, and of the last step only the evaluation is left to do."""
+    before = signal.getsignal(signal.SIGTERM)
+    config = unstopped.folder / "config.yaml"
+    monkeypatch.setattr(ChainTask, "score", sigterm_at(call))
+    jaxreset(monkeypatch, "train", config, f"run.dir={tmp_path}", code=75)
+    shown = capsys.readouterr()
+    assert f"ended by SIGTERM; step {step} is saved" in shown.err
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert f"{step}" in {f.name for f in (tmp_path / "checkpoints").iterdir()}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == list(range(step + 1))
+    assert "eval/accuracy" not in lines[-1]
+    monkeypatch.setattr(ChainTask, "score", even_length)
+    resumed = train(tiny(tmp_path))
+    assert repeatable(resumed.history) == repeatable(unstopped.history)
+    assert_same_end(resumed, unstopped)
+
+
+def test_sigterm_ends_a_warm_start(tmp_path, monkeypatch, capsys):
+    make = pipeline.PromptStream.__init__
+
+    def about_to_begin(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        make(self, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline.PromptStream, "__init__", about_to_begin)
+    jaxreset(monkeypatch, "train", QUICKSTART, *TINY.split(), f"run.dir={tmp_path}", code=75)
+    assert "ended by SIGTERM; the same command starts again" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def damage(checkpoint):
+    """Flips a bit of the numbers, which Orbax doesn't notice."""
+    largest = max((checkpoint / "state").rglob("*"), key=lambda file: file.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_costs_its_steps(unstopped, tmp_path, monkeypatch, caplog, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(unstopped.folder, folder)
+    damage(folder / "checkpoints" / "4")
+    jaxreset(monkeypatch, "eval", folder / "config.yaml", f"run.dir={folder}", "--json")
+    assert json.loads(capsys.readouterr().out)["step"] == 2
+    assert f"{folder}/checkpoints/4 is damaged (other bits than were saved: " in caplog.text
+    again = train(tiny(folder))
+    assert repeatable(again.history) == repeatable(unstopped.history)
+    assert_same_end(again, unstopped)
+    assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == ["2", "4", "4.damaged"]
+
+    for step in ("2", "4"):
+        damage(folder / "checkpoints" / step)
+    jaxreset(monkeypatch, "train", QUICKSTART, *TINY.split(), f"run.dir={folder}", code=1)
+    assert f"{folder}/checkpoints/2 is damaged" in (shown := capsys.readouterr().err)
+    assert "bring one back from a backup, or start anew with another run.dir" in shown
+    assert RunFolder(tiny(folder)).history() == again.history  # nothing is cut
+
+
+@pytest.fixture
+def eight_devices(monkeypatch):
+    every = jax.local_devices()
+    assert len(every) == 8
+    monkeypatch.setattr(jax, "devices", lambda *_: every)
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path, eight_devices):
+    """One device, then eight: sums are taken in another order, so the end is equal within rounding."""
+    options = "objective=grpo", "train.min_signal_groups=0", "mesh.data=1"
+    with pytest.MonkeyPatch.context() as patch:
+        one = jax.local_devices()[:1]
+        patch.setattr(jax, "devices", lambda *_: one)
+        whole = train(tiny(tmp_path / "whole", *options))
+        train(tiny(tmp_path / "moved", *options, "train.steps=2"))
+    mesh = "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"
+    moved = train(tiny(tmp_path / "moved", *options, *mesh))
+    assert len(jax.tree.leaves(moved.policy.params)[0].sharding.device_set) == 8
+    for line, other in zip(moved.history[3:], whole.history[3:], strict=True):
+        assert line["optimizer_steps"] == 1
+        for name in ("tokens_sampled", "reward/mean", "groups/with_signal"):
+            assert line[name] == other[name]
+        for name in ("loss", "grad_norm", "policy/entropy"):
+            np.testing.assert_allclose(line[name], other[name], rtol=1e-3, atol=1e-5)
+    for a, b in zip(
+        jax.tree.leaves(moved.policy.params), jax.tree.leaves(whole.policy.params), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_a_finished_run_started_again_changes_nothing(unstopped, tmp_path):
@@ -359,11 +467,11 @@ def test_the_oldest_rollouts_make_room(tmp_path):
     assert rollouts(tmp_path / "off") == {}
 
 
-def jaxreset(monkeypatch, *arguments):
+def jaxreset(monkeypatch, *arguments, code=0):
     monkeypatch.setattr(sys, "argv", ["jaxreset", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    assert ended.value.code == 0
+    assert ended.value.code == code
 
 
 def test_eval_repeats_the_accuracy_of_the_last_step(unstopped, monkeypatch, capsys):

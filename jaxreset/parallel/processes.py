@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxreset.errors import ConfigError, RunError
+from jaxreset.errors import ConfigError, PreemptedError, RunError
 
 Item = TypeVar("Item")
 
@@ -167,6 +167,8 @@ def ending_together() -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code in (None, 0):
+            raise
+        if isinstance(error, PreemptedError):  # raised in every process: an orderly end
             raise
         if isinstance(error, jax.errors.JaxRuntimeError):
             error = RunError(

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxreset.config import Config
+from jaxreset.parallel.processes import is_leader
 
 logger = logging.getLogger(__name__)
 
 
 class Trackers:
-    """Sends metrics to the trackers that the config asks for.
+    """Sends metrics to the trackers that the config asks for, from one process.
 
     Args:
       config: its `run.tensorboard` and `run.wandb_project` say which.
@@ -22,6 +23,8 @@ class Trackers:
 
     def __init__(self, config: Config, folder: Path):
         self._sinks: dict[str, tuple[Callable[[dict[str, Any]], None], Callable[[], None]]] = {}
+        if not is_leader():
+            return
         if config.run.tensorboard:
             self._try("run.tensorboard", lambda: self._open_tensorboard(folder))
         if config.run.wandb_project:

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from jaxreset.config import Checkpoint
+from jaxreset.errors import RunError
+from jaxreset.parallel.processes import fetch, gather, is_leader, wait_for_all
+from jaxreset.training.checksums import checksums
 from jaxreset.training.update import TrainState
+
+logger = logging.getLogger(__name__)
+
+ACCURACY = "eval/accuracy"  # what the best checkpoints are kept by
 
 
 class Progress(NamedTuple):
@@ -33,46 +48,237 @@ class Progress(NamedTuple):
     nonfinite: int = 0
 
 
+def saved_steps(path: Path) -> list[int]:
+    """Steps of the checkpoints in the folder `path`, the oldest first; damaged ones among them."""
+    if not path.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in path.iterdir() if entry.name.isdecimal())
+
+
 class Checkpoints:
-    """Saves and restores `(TrainState, Progress)` by step; the latest `keep` are kept."""
+    """Saves `(TrainState, Progress)` by step, in the background; restores the newest that is whole.
 
-    def __init__(self, path: Path, *, keep: int):
-        policy = ocp.training.preservation_policies.LatestN(keep)
-        self._checkpointer = ocp.training.Checkpointer(
-            path, preservation_policy=policy, cleanup_tmp_directories=True
-        )
+    With several processes, each calls every method.
 
-    def save(self, state: TrainState, progress: Progress) -> None:
-        """Saves, and returns when the checkpoint is complete."""
-        self._checkpointer.save_checkpointables(
-            progress.step,
-            {"state": _named(state), "progress": progress._asdict()},
-            force=True,
-        )
+    Args:
+      path: holds a folder a step. Nothing there is touched before the first `save`.
+      config: which are kept.
+    """
+
+    def __init__(self, path: Path, config: Checkpoint):
+        self.path, self._config = path, config
+        self._checkpointer: ocp.training.Checkpointer | None = None
+        self._saving: tuple[int, Any] | None = None  # a step, and Orbax's word on it
+        self._last: int | None = None  # step saved or restored
 
     def any(self) -> bool:
-        """Whether there is a checkpoint to restore."""
-        return self._checkpointer.latest is not None
+        """Whether there is a checkpoint, whole or not."""
+        return bool(saved_steps(self.path))
 
-    def restore(self, like: TrainState) -> tuple[TrainState, Progress]:
-        """The latest checkpoint, laid out as `like` is.
+    def save(
+        self, state: TrainState, progress: Progress, metrics: dict[str, Any] | None = None
+    ) -> None:
+        """Takes a copy off the devices and writes it in the background, unless this step was last.
+
+        Args:
+          state: may be donated as soon as this returns.
+          progress: its `step` names the checkpoint.
+          metrics: of the step; its accuracy, if there is one, decides on the best.
+
+        Raises:
+          RunError: this save can't begin, or the one before has failed.
+        """
+        self.wait()
+        if progress.step == self._last:
+            return
+        record = progress._asdict()
+        accuracy = (metrics or {}).get(ACCURACY)
+        try:
+            saving = self._opened().save_checkpointables_async(
+                progress.step,
+                {
+                    "state": _named(state),
+                    "progress": record,
+                    "checksums": _sums(_named(state), record),
+                },
+                force=True,
+                metrics=None if accuracy is None else {ACCURACY: accuracy},
+            )
+        except Exception as error:  # Orbax's, of any kind
+            raise self._failed(progress.step, error) from error
+        self._saving, self._last = (progress.step, saving), progress.step
+
+    def wait(self) -> None:
+        """Returns when what is being written is complete.
+
+        Raises:
+          RunError: it could not be written.
+        """
+        if self._saving is None:
+            return
+        (step, saving), self._saving = self._saving, None
+        try:
+            saving.result()
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def close(self) -> None:
+        """Waits as `wait` does, and ends the background's threads."""
+        self.wait()
+        if self._checkpointer is not None:
+            self._checkpointer.close()
+            self._checkpointer = None
+
+    def restore(self, like: TrainState, *, set_aside: bool = False) -> tuple[TrainState, Progress]:
+        """The newest checkpoint that is whole; newer ones are named in a warning.
+
+        Args:
+          like: arrays, or `abstract` ones, whose layout it gets. Another one than it was saved with, on
+            more or fewer devices or processes, is as good.
+          set_aside: rename the damaged ones, so that their steps can be saved anew.
 
         Raises:
           FileNotFoundError: there is none.
+          RunError: all are damaged.
         """
-        latest = self._checkpointer.latest
-        if latest is None:
-            raise FileNotFoundError("no checkpoint to restore")
-        loaded = self._checkpointer.load_checkpointables(
-            latest.step, {"state": _named(_abstract(like)), "progress": Progress()._asdict()}
+        damaged = {}
+        for step in reversed(saved_steps(self.path)):
+            loaded, reason = self._load(step, like)
+            reason = _first(reason)  # one process may read what another can't
+            if reason is None:
+                reason = _first(_differing(loaded))
+            if reason is not None:
+                damaged[step] = reason
+                continue
+            if damaged and is_leader():
+                logger.warning("%s; going back to step %d", self._tell(damaged), step)
+            if set_aside:
+                self._set_aside(list(damaged))
+            self._last = step
+            leaves = [loaded["state"][name] for name in _named(like)]
+            state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+            return state, Progress(**loaded["progress"])
+        if not damaged:
+            raise FileNotFoundError(f"no checkpoint in {self.path}")
+        raise RunError(
+            f"{self._tell(damaged)}. There is no other to go back to: bring one back from a backup, or "
+            "start anew with another run.dir"
         )
-        leaves = [loaded["state"][name] for name in _named(like)]
-        state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-        return state, Progress(**loaded["progress"])
 
-    def close(self) -> None:
-        """Waits for what is being written."""
-        self._checkpointer.close()
+    def _load(self, step: int, like: TrainState) -> tuple[dict[str, Any], str | None]:
+        """What is in a checkpoint, unchecked; or why it can't be read."""
+        targets = _named(abstract(like))
+        wanted = {
+            "state": targets,
+            "progress": Progress()._asdict(),
+            "checksums": np.zeros(len(targets) + 1, np.uint32),
+        }
+        try:
+            with _alone():
+                return ocp.load_checkpointables(self.path / str(step), wanted), None
+        except Exception as error:  # anything may be raised by bytes that are anything
+            return {}, _reason(error)
+
+    def _opened(self) -> ocp.training.Checkpointer:
+        """Orbax's, which removes what a kill left half-written."""
+        if self._checkpointer is None:
+            unreadable = {s: r for s in saved_steps(self.path) if (r := _unreadable(self.path, s))}
+            if unreadable and is_leader():
+                logger.warning("%s; set aside", self._tell(unreadable))
+            self._set_aside(list(unreadable))
+            self._checkpointer = ocp.training.Checkpointer(
+                self.path,
+                preservation_policy=_kept(self._config),
+                cleanup_tmp_directories=True,
+            )
+        return self._checkpointer
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Renames checkpoints: they are neither found nor in the way, and nothing is lost."""
+        if steps and is_leader():
+            for step in steps:
+                aside = self.path / f"{step}.damaged"
+                if aside.exists():
+                    shutil.rmtree(aside)
+                os.rename(self.path / str(step), aside)
+        wait_for_all("damaged checkpoints are set aside")
+
+    def _tell(self, damaged: dict[int, str]) -> str:
+        each = [f"checkpoint {self.path / str(s)} is damaged ({r})" for s, r in damaged.items()]
+        return "; ".join(each)
+
+    def _failed(self, step: int, error: Exception) -> RunError:
+        self._checkpointer = None  # closing it would raise the same once more
+        return RunError(
+            f"the checkpoint of step {step} can't be written to {self.path}: {_reason(error)}. Make room "
+            "there, and start the same command again"
+        )
+
+
+def _kept(config: Checkpoint) -> Any:
+    """Which checkpoints stay."""
+    policies = ocp.training.preservation_policies
+    kept: list[Any] = [policies.LatestN(config.keep)]
+    if config.keep_best:
+        kept.append(
+            policies.BestN(
+                get_metric_fn=lambda metrics: metrics[ACCURACY],
+                n=config.keep_best,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    if config.keep_every_hours is not None:
+        kept.append(policies.EveryNSeconds(round(3600 * config.keep_every_hours)))
+    return policies.AnyPreservationPolicy(kept)
+
+
+def _unreadable(path: Path, step: int) -> str | None:
+    """Why Orbax's list of checkpoints, or the choice among them, would break at this one."""
+    metrics = path / str(step) / "metrics" / "metrics"
+    try:
+        with _alone():
+            ocp.checkpointables_metadata(path / str(step))
+        if metrics.exists():
+            float(json.loads(metrics.read_bytes())[ACCURACY])
+    except Exception as error:
+        return _reason(error)
+    return None
+
+
+def _alone() -> ocp.Context:
+    """Reads in each process by itself: one that fails doesn't keep the others waiting for it."""
+    context, index = ocp.Context(), jax.process_index()
+    context.multiprocessing.primary_host = index
+    context.multiprocessing.active_processes = {index}
+    return context
+
+
+def _reason(error: BaseException) -> str:
+    """What was the matter in the first place, without the settings that TensorStore repeats."""
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if cause is not None:
+        return _reason(cause)
+    first_line = str(error).partition("\n")[0].partition(" [")[0]
+    return f"{type(error).__name__}: {first_line}"
+
+
+def _sums(state: dict[str, Any], record: dict[str, Any]) -> np.ndarray:
+    """Checksums of the arrays in their names' order, and of the progress: uint32 `[arrays + 1]`."""
+    of_record = zlib.crc32(json.dumps(record, sort_keys=True).encode())
+    return np.append(fetch(checksums(state)), np.uint32(of_record))
+
+
+def _differing(loaded: dict[str, Any]) -> str | None:
+    """What isn't as it was saved."""
+    state, record = loaded["state"], loaded["progress"]
+    differ = _sums(state, record) != np.asarray(loaded["checksums"])
+    names = [name for name, d in zip([*sorted(state), "progress"], differ, strict=True) if d]
+    return f"other bits than were saved: {', '.join(names[:3])}" if names else None
+
+
+def _first(reason: str | None) -> str | None:
+    """The first reason that any process has."""
+    return next((r for r in gather([reason]) if r is not None), None)
 
 
 def save_params(path: Path, params: Any) -> None:
@@ -82,11 +288,11 @@ def save_params(path: Path, params: Any) -> None:
 
 def load_params(path: Path, like: Any) -> Any:
     """What `save_params` saved, laid out as `like` is."""
-    loaded = ocp.load(path, _named(_abstract(like)))
+    loaded = ocp.load(path, _named(abstract(like)))
     return jax.tree.unflatten(jax.tree.structure(like), [loaded[name] for name in _named(like)])
 
 
-def _abstract(tree: Any) -> Any:
+def abstract(tree: Any) -> Any:
     """Shapes, dtypes and shardings of the arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 

@@ -84,6 +84,7 @@ class Collector:
       decode: token ids -> text, special tokens left out.
       localizer: answers the localisation question; the rule `self` needs it.
       draw: `temperature`, `top_p` and `top_k` of the rollouts.
+      interrupt: called before each round; what it raises ends the step, which has changed nothing yet.
     """
 
     objective: Objective
@@ -92,6 +93,7 @@ class Collector:
     decode: Callable[[np.ndarray], str]
     localizer: Localizer | None = None
     draw: dict[str, Any] = field(default_factory=dict)
+    interrupt: Callable[[], None] = lambda: None
 
     def collect(
         self, policy: Policy, prompts: Sequence[Prompt], *, seed: int, step: int
@@ -271,6 +273,7 @@ class _Step:
             about = [members[f.seed] for f in failures]
             if self.to.localizer is None:
                 raise ValueError("reset.rule=self asks the policy; the collector has no localizer")
+            self.to.interrupt()
             ends = [self.end(rollout) for _, rollout, _ in about]
             texts, tokens = self.to.localizer(self.policy, failures, ends)
             self.totals["tokens_sampled"] += tokens
@@ -311,6 +314,7 @@ class _Step:
 
     def sample(self, members: Sequence[int], rows: int, first_row: int) -> list[list[_Rollout]]:
         """`rows` more scored rollouts of the base phase for each of the prompts `members`."""
+        self.to.interrupt()
         round_ = self.to.rounds.sample(
             self.policy,
             [self.prompts[n].tokens for n in members],
@@ -332,6 +336,7 @@ class _Step:
         for parent in {id(r.snapshot.round): r.snapshot.round for r in resets}.values():
             members = [i for i, reset in enumerate(resets) if reset.snapshot.round is parent]
             first = [first_rows[i] for i in members]
+            self.to.interrupt()
             round_ = self.to.rounds.resume(
                 self.policy,
                 [resets[i].snapshot for i in members],

@@ -14,6 +14,7 @@ from jaxreset.sampling.sampler import Sampler
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.pipeline import Prompt
 from jaxreset.training.scoring import score_together
+from jaxreset.training.setup import Experiment
 
 PHASE = 2**16  # of the random streams, apart from those of training
 
@@ -40,10 +41,15 @@ def evaluate(
     temperature: float,
     seed: int,
     step: int = 0,
+    interrupt: Callable[[], None] = lambda: None,
 ) -> Accuracy:
-    """Draws one response to each prompt and verifies it; temperature 0 is greedy."""
+    """Draws one response to each prompt and verifies it; temperature 0 is greedy.
+
+    `interrupt` is called before each batch and may raise.
+    """
     items = []
     for first in range(0, len(prompts), batch):
+        interrupt()
         members = prompts[first : first + batch]
         round_ = sampler.sample(
             policy,
@@ -57,3 +63,32 @@ def evaluate(
     solved = int((score_together(task, items).rewards >= 0.5).sum())
     interval = binomtest(solved, len(items)).proportion_ci(method="wilson")
     return Accuracy(solved / len(items), float(interval.low), float(interval.high))
+
+
+def evaluations(experiment: Experiment, policy: Policy, step: int) -> dict[str, float]:
+    """Greedy and sampled accuracy on the held-out problems."""
+    config = experiment.config
+    prompts = experiment.test_prompts()
+
+    def accuracy(temperature: float) -> Accuracy:
+        return evaluate(
+            policy,
+            prompts,
+            experiment.sampler,
+            experiment.task,
+            experiment.decode,
+            batch=config.eval.batch,
+            temperature=temperature,
+            seed=config.seed,
+            step=step,
+            interrupt=experiment.collector.interrupt,
+        )
+
+    sampled, greedy = accuracy(config.eval.temperature), accuracy(0.0)
+    return {
+        "eval/accuracy": sampled.mean,
+        "eval/accuracy_low": sampled.low,
+        "eval/accuracy_high": sampled.high,
+        "eval/greedy_accuracy": greedy.mean,
+        "eval/problems": float(len(prompts)),
+    }

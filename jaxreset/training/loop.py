@@ -5,31 +5,34 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from jaxreset.config import Config
-from jaxreset.errors import ConfigError
+from jaxreset.errors import PreemptedError
 from jaxreset.groups import Group, set_advantages
 from jaxreset.models.adapters import trained
 from jaxreset.models.policy import Policy
+from jaxreset.parallel.processes import any_process, is_leader, wait_for_all
 from jaxreset.reporting.curve import draw_curve
 from jaxreset.reporting.display import Display
 from jaxreset.reporting.report import write_report
 from jaxreset.reporting.trackers import Trackers
 from jaxreset.tasks.chain import ChainTask
-from jaxreset.training.checkpoints import Checkpoints, load_params, save_params
-from jaxreset.training.compiles import compiles
-from jaxreset.training.evaluate import Accuracy, evaluate
+from jaxreset.training.checkpoints import Checkpoints, abstract, save_params
+from jaxreset.training.compiles import compiles, kept_programs
+from jaxreset.training.evaluate import evaluations
+from jaxreset.training.finished import started_from
 from jaxreset.training.learner import Learner
+from jaxreset.training.preemption import noticing_preemption
 from jaxreset.training.run_folder import RunFolder
 from jaxreset.training.setup import Experiment, make_experiment
-from jaxreset.training.update import init_state, make_optimizer
+from jaxreset.training.update import make_optimizer
 from jaxreset.training.warm_start import warm_start
 
 
@@ -54,27 +57,36 @@ def train(config: Config, display: Display | None = None) -> Result:
 
     Raises:
       ConfigError: before anything is compiled.
-      RunError: gradients stopped being finite, or a reward worker failed.
+      PreemptedError: after SIGTERM, with the last finished step saved.
+      RunError: gradients stopped being finite, a reward worker failed, or a checkpoint could not be
+        written, or none of them read.
     """
-    display = display or Display(quiet=True)
+    if display is None or not is_leader():
+        display = Display(quiet=True)
     folder = RunFolder(config)
     folder.check_writable()
-    experiment = make_experiment(config)
-    folder.claim()
-    trackers = Trackers(config, folder.path)
-    checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
-    try:
-        with display:
-            learner = _prepare(experiment, checkpoints, folder, display)
-            _loop(experiment, learner, checkpoints, folder, trackers, display)
-    finally:
-        experiment.task.close()
-        trackers.close()
-        checkpoints.close()
+    wait_for_all("the run folder is there")
+    with kept_programs(folder.compile_cache), noticing_preemption() as preemption:
+        experiment = make_experiment(config)
+        experiment.collector = replace(experiment.collector, interrupt=preemption.check)
+        folder.claim()
+        trackers = Trackers(config, folder.path)
+        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
+        try:
+            with display:
+                learner = _prepare(experiment, checkpoints, folder, display)
+                _loop(experiment, learner, checkpoints, folder, trackers, display)
+        finally:
+            experiment.task.close()
+            trackers.close()
+            checkpoints.close()
+    wait_for_all("the metrics are written")
     history = folder.history()
-    curve = draw_curve(history, folder.path / "learning_curve.png", title=config.objective)
-    write_report(folder.path, history, curve)
-    display.summary(history, folder.path, curve)
+    curve = folder.path / "learning_curve.png"
+    if is_leader():
+        draw_curve(history, curve, title=config.objective)
+        write_report(folder.path, history, curve)
+        display.summary(history, folder.path, curve)
     return Result(folder.path, history, curve, learner.policy)
 
 
@@ -86,7 +98,7 @@ def _prepare(
     if config.warm_start.steps and not restoring:
         policy = _warm_start(experiment, folder, display)
     else:
-        policy = _start(experiment, folder)
+        policy = started_from(experiment, folder)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
 
     def on_nonfinite(step: int, groups: list[Group]) -> None:
@@ -103,12 +115,16 @@ def _prepare(
         reference=jax.tree.map(jnp.copy, trained(policy.params)[0]) if config.loss.kl else None,
     )
     if restoring:
-        learner.state, learner.progress = checkpoints.restore(learner.state)
+        like = abstract(learner.state)
+        for leaf in jax.tree.leaves(learner.state):
+            leaf.delete()  # there may not be room for two states
+        learner.state, learner.progress = checkpoints.restore(like, set_aside=True)
         folder.cut_back(learner.progress.step)
         experiment.stream.position = learner.progress.data_position
     else:
         checkpoints.save(learner.state, learner.progress)
         folder.cut_back(-1)
+    wait_for_all("the metrics are cut back")
     display.phase("compiling", None)
     learner.compile()
     experiment.compile_sampling(learner.policy)
@@ -130,18 +146,11 @@ def _warm_start(experiment: Experiment, folder: RunFolder, display: Display) -> 
         seed=config.seed,
         inline=config.reset.localizer.mode == "inline",
         on_step=display.warm_start_step,
+        interrupt=experiment.collector.interrupt,
     )
     # Checkpoints hold only what is trained after this.
     if config.loss.kl or config.model.lora.rank:
         save_params(folder.start, policy.params)
-    return experiment.adapted(policy)
-
-
-def _start(experiment: Experiment, folder: RunFolder) -> Policy:
-    """The policy that training started from, where that can still be told."""
-    policy = experiment.policy
-    if folder.start.is_dir():
-        policy = policy.with_params(load_params(folder.start, policy.params), policy.version)
     return experiment.adapted(policy)
 
 
@@ -153,26 +162,62 @@ def _loop(
     trackers: Trackers,
     display: Display,
 ) -> None:
+    """All steps that are left; asked to end, it saves the last finished one."""
     config = experiment.config
-    steps = config.train.steps
-    display.phase("training", steps, done=learner.progress.step)
-    if not folder.history():
-        record = {"step": 0, **_evaluations(experiment, learner.policy, 0), "compiles": compiles()}
-        folder.log(record)
-        trackers.log(record)
-        display.step(record)
-    while (step := learner.progress.step + 1) <= steps:
-        with _traced(step in config.run.profile_steps, folder.path / "profile"):
-            record = _step(experiment, learner, folder, step)
-        every = config.eval.every_steps
-        if step == steps or (every and step % every == 0):
-            record |= _evaluations(experiment, learner.policy, step)
+    display.phase("training", config.train.steps, done=learner.progress.step)
+    try:
+        _evaluate_late(experiment, learner, folder, trackers, display)
+        while learner.progress.step < config.train.steps:
+            experiment.collector.interrupt()
+            step = learner.progress.step + 1
+            with _traced(step in config.run.profile_steps, folder.path / "profile"):
+                record = _step(experiment, learner, folder, step)
+            try:
+                if _evaluated(config, step):
+                    record |= evaluations(experiment, learner.policy, step)
+            finally:
+                record["compiles"] = compiles()
+                folder.log(record)
+                trackers.log(record)
+                display.step(record)
+            if _saved(config, step):
+                checkpoints.save(learner.state, learner.progress, record)
+    except PreemptedError:
+        checkpoints.save(learner.state, learner.progress)
+        step = learner.progress.step
+        raise PreemptedError(
+            f"ended by SIGTERM; step {step} is saved, the same command goes on from there"
+        ) from None
+
+
+def _evaluate_late(
+    experiment: Experiment,
+    learner: Learner,
+    folder: RunFolder,
+    trackers: Trackers,
+    display: Display,
+) -> None:
+    """What is still to be evaluated of the step that the run starts or goes on from."""
+    step = learner.progress.step
+    missing = _evaluated(experiment.config, step) and is_leader() and not folder.evaluated(step)
+    if any_process(missing):
+        record = {"step": step, **evaluations(experiment, learner.policy, step)}
         record["compiles"] = compiles()
-        folder.log(record)
-        if step == steps or step % config.checkpoint.every_steps == 0:
-            checkpoints.save(learner.state, learner.progress)
+        folder.complete(record)
         trackers.log(record)
         display.step(record)
+
+
+def _evaluated(config: Config, step: int) -> bool:
+    """Whether the step ends with an evaluation; step 0 is the start."""
+    every = config.eval.every_steps
+    return step in (0, config.train.steps) or (every is not None and step % every == 0)
+
+
+def _saved(config: Config, step: int) -> bool:
+    """Whether the step ends with a checkpoint."""
+    best = config.checkpoint.keep_best > 0 and _evaluated(config, step)
+    return step == config.train.steps or step % config.checkpoint.every_steps == 0 or best
 
 
 def _step(experiment: Experiment, learner: Learner, folder: RunFolder, step: int) -> dict[str, Any]:
@@ -224,34 +269,6 @@ def _group_record(group: Group, decode: Callable[[np.ndarray], str]) -> dict[str
     }
 
 
-def _evaluations(experiment: Experiment, policy: Policy, step: int) -> dict[str, float]:
-    """Greedy and sampled accuracy on the held-out problems."""
-    config = experiment.config
-    prompts = experiment.test_prompts()
-
-    def accuracy(temperature: float) -> Accuracy:
-        return evaluate(
-            policy,
-            prompts,
-            experiment.sampler,
-            experiment.task,
-            experiment.decode,
-            batch=config.eval.batch,
-            temperature=temperature,
-            seed=config.seed,
-            step=step,
-        )
-
-    sampled, greedy = accuracy(config.eval.temperature), accuracy(0.0)
-    return {
-        "eval/accuracy": sampled.mean,
-        "eval/accuracy_low": sampled.low,
-        "eval/accuracy_high": sampled.high,
-        "eval/greedy_accuracy": greedy.mean,
-        "eval/problems": float(len(prompts)),
-    }
-
-
 @contextmanager
 def _traced(wanted: bool, path: Path) -> Iterator[None]:
     """A profiler trace of what runs inside, for TensorBoard or Perfetto."""
@@ -260,59 +277,3 @@ def _traced(wanted: bool, path: Path) -> Iterator[None]:
         return
     with jax.profiler.trace(str(path)):
         yield
-
-
-def evaluate_run(config: Config) -> tuple[int, dict[str, float]]:
-    """Accuracy of the run's latest checkpoint, and its step; of the starting policy without one."""
-    folder = RunFolder(config)
-    folder.check_same_policy()
-    experiment = make_experiment(config)
-    try:
-        step, policy = _latest(experiment, folder)
-        return step, _evaluations(experiment, policy, step)
-    finally:
-        experiment.task.close()
-
-
-def export_run(config: Config, output: Path, *, adapters: bool = False) -> int:
-    """Writes the run's latest checkpoint as a Hugging Face folder; returns its step.
-
-    Args:
-      config: resolved.
-      output: a folder that doesn't exist or is empty.
-      adapters: write the LoRA adapters alone, as a PEFT folder.
-
-    Raises:
-      ConfigError: there are no adapters, or their base is in no folder; or as for a run.
-      FileExistsError: something is at `output`.
-    """
-    if adapters and config.model.lora.rank is None:
-        raise ConfigError("model.lora.rank is null: the run has no adapters; export it whole")
-    if adapters and config.model.path is None:
-        raise ConfigError("model.path is null: no folder holds the adapters' base; export it whole")
-    folder = RunFolder(config)
-    folder.check_same_policy()
-    experiment = make_experiment(config)
-    step, policy = _latest(experiment, folder)
-    if adapters:
-        policy.export_adapters(output, base=str(config.model.path))
-    else:
-        policy.export(output)
-    return step
-
-
-def _latest(experiment: Experiment, folder: RunFolder) -> tuple[int, Policy]:
-    config, policy = experiment.config, _start(experiment, folder)
-    if not folder.checkpoints.is_dir():
-        if config.model.path is None:
-            raise ConfigError(
-                f"run.dir {config.run.dir} holds no checkpoint, and model.path is null; train first"
-            )
-        return 0, policy
-    checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    params, frozen = trained(policy.params)
-    state, progress = checkpoints.restore(init_state(params, optimizer))
-    checkpoints.close()
-    params = nnx.merge_state(state.params, frozen)
-    return progress.step, policy.with_params(params, progress.version)

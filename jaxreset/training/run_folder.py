@@ -13,13 +13,25 @@ import yaml
 from jaxreset.config import Config
 from jaxreset.config_file import DUMPED, dump_config
 from jaxreset.errors import ConfigError
+from jaxreset.parallel.processes import is_leader
+from jaxreset.training.checkpoints import ACCURACY, saved_steps
 
-# What may differ when a run is started again: none of it changes a result already there.
-FREE_KEYS: tuple[str, ...] = ("run", "checkpoint", "eval", "train.steps", "train.max_nonfinite")
+# What may differ when a run is started again: none of it changes a result already there. On another
+# mesh sums are taken in another order, so what follows is equal within rounding only.
+FREE_KEYS: tuple[str, ...] = (
+    "run",
+    "checkpoint",
+    "eval",
+    "mesh",
+    "train.steps",
+    "train.max_nonfinite",
+)
 
 
 class RunFolder:
     """`config.yaml`, `metrics.jsonl`, `rollouts/`, `checkpoints/`, `nonfinite/` under one folder.
+
+    Of several processes one writes; what it wrote is there for the others after they waited for it.
 
     Args:
       config: resolved; its `run.dir` names the folder.
@@ -36,12 +48,22 @@ class RunFolder:
         self.start = self.path / "start"  # parameters of a warm start that is needed later
         self._limit = int(config.run.rollouts_mb * 2**20)
 
+    @property
+    def compile_cache(self) -> Path | None:
+        """Where compiled programs are kept; None: nowhere, or there is no run yet."""
+        wanted = self.config.run.compile_cache
+        if isinstance(wanted, str):
+            return Path(wanted).expanduser().absolute()
+        return self.path / "cache" if wanted and self.path.is_dir() else None
+
     def check_writable(self) -> None:
         """Makes the folder if need be.
 
         Raises:
           ConfigError: it can't be written, or holds another config's run or somebody's `config.yaml`.
         """
+        if not is_leader():
+            return
         try:
             self.rollouts.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -66,13 +88,14 @@ class RunFolder:
 
     def claim(self) -> None:
         """Writes the resolved config: from now on the folder is this run's."""
-        _write(self.saved, dump_config(self.config))
+        if is_leader():
+            _write(self.saved, dump_config(self.config))
 
     def _refuse_other_run(
         self, *, only: tuple[str, ...] = ("",), free: tuple[str, ...] = ()
     ) -> None:
         # Before the first checkpoint there is nothing to go on from: a mended config may start anew.
-        if not self.saved.exists() or not any(self.checkpoints.glob("*")):
+        if not self.saved.exists() or not saved_steps(self.checkpoints):
             return
         before = _flat(yaml.safe_load(self.saved.read_text()))
         now = _flat(self.config.model_dump(mode="json"))
@@ -92,6 +115,8 @@ class RunFolder:
 
     def cut_back(self, step: int) -> None:
         """Drops what was written after `step`: those steps will be run again."""
+        if not is_leader():
+            return
         kept = [line for line in self.history() if line["step"] <= step]
         _write(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
         for file in [*self.rollouts.glob("step_*"), *self.nonfinite.glob("step_*")]:
@@ -107,11 +132,27 @@ class RunFolder:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Appends one step's metrics."""
+        if not is_leader():
+            return
         with self.metrics.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
+    def evaluated(self, step: int) -> bool:
+        """Whether the metrics hold this step's accuracy."""
+        return any(line["step"] == step and ACCURACY in line for line in self.history())
+
+    def complete(self, metrics: dict[str, Any]) -> None:
+        """Adds to the metrics of the step that they name, which is the last."""
+        if not is_leader():
+            return
+        lines = {line["step"]: line for line in self.history()}
+        lines[metrics["step"]] = lines.get(metrics["step"], {}) | metrics
+        _write(self.metrics, "".join(json.dumps(line) + "\n" for line in lines.values()))
+
     def save_nonfinite(self, step: int, groups: Sequence[dict[str, Any]]) -> None:
         """Writes groups for which a step's update was skipped."""
+        if not is_leader():
+            return
         file = self.nonfinite / f"step_{step:06d}.jsonl"
         file.parent.mkdir(exist_ok=True)
         with file.open("a") as lines:  # a step may have several minibatches
@@ -119,7 +160,7 @@ class RunFolder:
 
     def save_trees(self, step: int, trees: Sequence[dict[str, Any]]) -> None:
         """Writes a step's reset trees, and drops the oldest files over the disk limit."""
-        if self._limit == 0:
+        if self._limit == 0 or not is_leader():
             return
         text = "".join(json.dumps({"step": step, **tree}) + "\n" for tree in trees)
         _write(self.rollouts / f"step_{step:06d}.jsonl", text)

@@ -148,10 +148,12 @@ def warm_start(
     seed: int,
     inline: bool = False,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    interrupt: Callable[[], None] = lambda: None,
 ) -> Policy:
     """Trains on demonstrations; `on_step(step, loss)` is called now and then. Consumes `policy`.
 
-    `inline`: localisations stand behind the attempt that they are about.
+    `interrupt` is called before each step and may raise. `inline`: localisations stand behind the
+    attempt that they are about.
     """
     optimizer = make_warm_start_optimizer(config)
     params = widened(policy.params)
@@ -159,6 +161,7 @@ def warm_start(
     for step, batches in enumerate(
         demonstrations(task, problems, policy.tokenizer, config, seed=seed, inline=inline), 1
     ):
+        interrupt()
         params, opt_state, loss = supervised_step(
             params, opt_state, batches, graph=policy.graph, optimizer=optimizer
         )

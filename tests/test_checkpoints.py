@@ -1,0 +1,262 @@
+"""Checkpoints of a small state: what is saved, kept, found damaged, and used instead."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import shutil
+import threading
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from model_helpers import assert_same_params
+
+from jaxreset.config import Checkpoint
+from jaxreset.errors import RunError
+from jaxreset.training.checkpoints import Checkpoints, Progress, abstract, saved_steps
+from jaxreset.training.checksums import checksums
+from jaxreset.training.update import TrainState
+
+
+@partial(jax.jit, donate_argnums=0)
+def advance(state):
+    return jax.tree.map(lambda x: (x + 1).astype(x.dtype), state)
+
+
+def make_state(sharding=None, *, size=40):
+    """Twice `size` rows of 64 numbers, a count, and a mask, all different."""
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.normal(size=(size, 64)), jnp.float32)
+    narrow = jnp.asarray(rng.normal(size=(size, 64)), jnp.bfloat16)
+    state = TrainState({"w": rows, "b": narrow}, {"count": jnp.int32(3)}, {"mask": rows > 0})
+    return state if sharding is None else jax.device_put(state, sharding(state))
+
+
+def over_mesh(shape):
+    """The shardings of a state's leaves: rows over the first two axes, numbers over the last."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(shape), ("a", "b", "c"))
+    return partial(
+        jax.tree.map,
+        lambda x: NamedSharding(mesh, PartitionSpec(*[("a", "b"), "c"][: x.ndim])),
+    )
+
+
+def saved(path, steps, state=None, **kept):
+    """Checkpoints of the steps, with 5 prompts taken in each."""
+    checkpoints = Checkpoints(path, Checkpoint(**({"keep": 9} | kept)))
+    state = state or make_state()
+    for step, metrics in steps.items() if isinstance(steps, dict) else dict.fromkeys(steps).items():
+        checkpoints.save(state, Progress(step=step, data_position=5 * step), metrics)
+    checkpoints.close()
+    return state
+
+
+@pytest.fixture
+def writing(monkeypatch):
+    """Writing in the background waits until this event is set."""
+    event, run = threading.Event(), threading.Thread.run
+
+    def wait_first(thread):
+        if thread.name == "async_save":  # Orbax's
+            event.waiting = True
+            assert event.wait(60)
+        run(thread)
+
+    monkeypatch.setattr(threading.Thread, "run", wait_first)
+    return event
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
+def test_a_state_may_be_overwritten_before_it_is_written(tmp_path, mesh, writing):
+    state = make_state(mesh and over_mesh(mesh), size=4000)
+    expected = jax.tree.map(np.array, state)
+    checkpoints = Checkpoints(tmp_path, Checkpoint())
+    checkpoints.save(state, Progress(step=1))
+    for _ in range(3):  # into the same memory, where the device can
+        state = advance(state)
+    jax.block_until_ready(state)
+    assert writing.waiting
+    assert not list(tmp_path.rglob("commit_success.txt"))
+    writing.set()
+    checkpoints.close()
+    restored, progress = checkpoints.restore(abstract(state))
+    assert progress.step == 1
+    assert_same_params(restored, expected)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, (2, 2, 2)), ((8, 1, 1), (2, 2, 2)), ((2, 2, 2), None)]
+)
+def test_a_checkpoint_fits_any_mesh(tmp_path, before, after):
+    state = saved(tmp_path, [3], make_state(before and over_mesh(before)))
+    like = abstract(make_state(after and over_mesh(after)))
+    restored, progress = Checkpoints(tmp_path, Checkpoint()).restore(like)
+    assert progress == Progress(step=3, data_position=15)
+    assert_same_params(restored, state)
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, like)
+
+
+def test_checksums_see_every_bit_and_place_and_no_layout():
+    state = make_state()
+    whole = np.asarray(checksums(state))
+    assert len(set(whole.tolist())) == 4
+    for shape in ((8, 1, 1), (2, 2, 2)):
+        np.testing.assert_array_equal(checksums(make_state(over_mesh(shape))), whole)
+
+    words = np.asarray(state.params["w"]).view(np.uint32)
+    sums = {int(checksums([words])[0])}
+    for bit in range(32):
+        flipped = words.copy()
+        flipped[7, 11] ^= np.uint32(1 << bit)
+        sums.add(int(checksums([flipped])[0]))
+    for a, b in (((0, 0), (0, 1)), ((0, 0), (32, 0)), ((1, 2), (2, 1))):
+        swapped = words.copy()
+        swapped[a], swapped[b] = words[b], words[a]
+        sums.add(int(checksums([swapped])[0]))
+    assert len(sums) == 1 + 32 + 3
+    with jax.enable_x64(True):
+        double = np.arange(6.0).reshape(2, 3)
+        assert checksums([double]) != checksums([np.nextafter(double, 9)])
+
+
+def flip_a_bit(folder):
+    """In the largest file, which holds numbers: Orbax doesn't notice."""
+    largest = max((folder / "state").rglob("*"), key=lambda file: file.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 16
+    largest.write_bytes(data)
+
+
+def cut(name):
+    def half(folder):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+
+    return half
+
+
+def other_progress(folder):
+    """A file of the right form and checksum of its own, from another checkpoint."""
+    shutil.rmtree(folder / "progress")
+    shutil.copytree(folder.parent / "1" / "progress", folder / "progress")
+
+
+DAMAGES = {
+    "a bit": (flip_a_bit, "other bits than were saved: "),
+    "progress": (other_progress, "other bits than were saved: progress"),
+    "manifest": (cut("state/manifest.ocdbt"), "DATA_LOSS"),
+    "tree": (cut("state/_METADATA"), "JSONDecodeError"),
+    "no arrays": (lambda folder: shutil.rmtree(folder / "state" / "d"), "NOT_FOUND"),
+    "no state": (lambda folder: shutil.rmtree(folder / "state"), "KeyError"),
+    "empty": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), ""),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, damage, words, caplog):
+    state = saved(tmp_path, [1, 2, 3])
+    damage(tmp_path / "3")
+    checkpoints = Checkpoints(tmp_path, Checkpoint())
+    with caplog.at_level(logging.WARNING, "jaxreset"):
+        restored, progress = checkpoints.restore(state, set_aside=True)
+    assert progress == Progress(step=2, data_position=10)
+    assert_same_params(restored, state)
+    assert f"checkpoint {tmp_path}/3 is damaged ({words}" in caplog.text.replace("ValueError: ", "")
+    assert "going back to step 2" in caplog.text
+    # and it isn't in the way of its step
+    assert saved_steps(tmp_path) == [1, 2]
+    checkpoints.save(restored, progress._replace(step=3))
+    checkpoints.close()
+    assert Checkpoints(tmp_path, Checkpoint()).restore(state)[1].step == 3
+    assert (tmp_path / "3.damaged").is_dir()
+
+
+def test_nothing_is_touched_by_reading(tmp_path, caplog):
+    """An evaluation beside a run must not remove what the run is writing."""
+    state = saved(tmp_path, [1, 2])
+    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
+    flip_a_bit(tmp_path / "2")
+    assert Checkpoints(tmp_path, Checkpoint()).restore(state)[1].step == 1
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["1", "2", "3.orbax-checkpoint-tmp"]
+
+
+def test_where_all_are_damaged_nothing_starts_anew(tmp_path):
+    state = saved(tmp_path, [1, 2])
+    for step in ("1", "2"):
+        flip_a_bit(tmp_path / step)
+    checkpoints = Checkpoints(tmp_path, Checkpoint())
+    assert checkpoints.any()
+    with pytest.raises(RunError, match="There is no other to go back to: bring one") as refused:
+        checkpoints.restore(state, set_aside=True)
+    assert f"{tmp_path}/1 is damaged" in str(refused.value)
+    assert f"{tmp_path}/2 is damaged" in str(refused.value)
+    assert saved_steps(tmp_path) == [1, 2]
+    with pytest.raises(FileNotFoundError):
+        Checkpoints(tmp_path / "none", Checkpoint()).restore(state)
+
+
+def test_what_a_kill_left_is_cleaned_up(tmp_path, caplog):
+    state = saved(tmp_path, {1: {"eval/accuracy": 0.5}, 2: None})
+    (tmp_path / "3.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    cut("metrics/metrics")(tmp_path / "1")  # Orbax's list of checkpoints breaks at it
+    checkpoints = Checkpoints(tmp_path, Checkpoint(keep=9))
+    _, progress = checkpoints.restore(state)
+    checkpoints.save(state, progress._replace(step=3))
+    checkpoints.close()
+    assert f"{tmp_path}/1 is damaged (JSONDecodeError" in caplog.text
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["1.damaged", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "steps", "later"),
+    [
+        ({"keep": 2}, [4, 5], [5, 6]),
+        ({"keep": 1, "keep_best": 2}, [2, 4, 5], [2, 4, 6]),
+        ({"keep": 1, "keep_every_hours": 1}, [1, 5], [1, 6]),
+        ({"keep": 1, "keep_every_hours": 1e-6}, [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_the_latest_the_best_and_one_every_few_hours_are_kept(tmp_path, kept, steps, later):
+    accuracies = {1: 0.1, 2: 0.9, 3: 0.3, 4: 0.8, 5: None}
+    metrics = {n: a and {"eval/accuracy": a, "loss": 1.0} for n, a in accuracies.items()}
+    saved(tmp_path, metrics, **kept)
+    assert saved_steps(tmp_path) == steps
+    # Started again, it still knows which they are.
+    saved(tmp_path, {6: {"eval/accuracy": 0.2}}, **kept)
+    assert saved_steps(tmp_path) == later
+
+
+def test_a_step_is_saved_once(tmp_path):
+    state = saved(tmp_path, [1, 2])
+    checkpoints = Checkpoints(tmp_path, Checkpoint())
+    restored, progress = checkpoints.restore(state)
+    checkpoints.save(restored, progress)
+    checkpoints.save(restored, progress)
+    checkpoints.close()
+    assert saved_steps(tmp_path) == [1, 2]
+
+
+@pytest.fixture
+def no_room():
+    """Files larger than a few bytes can't be written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
+    yield partial(resource.setrlimit, resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("then", ["save", "close"])
+def test_what_went_wrong_in_the_background_is_said_at_the_next_save_or_the_end(
+    tmp_path, no_room, then
+):
+    checkpoints, state = Checkpoints(tmp_path, Checkpoint()), make_state(size=2000)
+    checkpoints.save(state, Progress(step=1))
+    with pytest.raises(RunError, match=f"the checkpoint of step 1 can't be written to {tmp_path}"):
+        checkpoints.close() if then == "close" else checkpoints.save(state, Progress(step=2))
+    no_room()
+    checkpoints.close()
+    assert saved_steps(tmp_path) == []
