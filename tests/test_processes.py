@@ -1,0 +1,126 @@
+"""Two processes of two devices each, started as a user would, beside one process of four."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxreset.errors import ConfigError
+from jaxreset.parallel import fetch, gather, own_share, put, rows_sharding
+from jaxreset.parallel.mesh import make_mesh
+from jaxreset.parallel.processes import start
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+# Nothing has been learnt, so nothing is right: the entropy gives a gradient.
+TINY = """
+    model.fresh.layers=1 model.fresh.width=32 model.fresh.heads=2 model.fresh.kv_heads=2 model.fresh.mlp=64
+    task.min_terms=3 task.max_terms=5 sampling.max_prompt_tokens=18 sampling.max_response_tokens=32
+    sampling.max_step_tokens=8 reset.localizer.max_tokens=5 reset.localizer.max_question_tokens=80
+    warm_start.steps=0 train.prompts_per_step=4 train.microbatch_tokens=1500 train.min_signal_groups=0
+    loss.entropy_bonus=0.01 data.eval_size=16 eval.batch=16 eval.every_steps=null mesh.fsdp=2
+    run.compile_cache=false
+"""
+EXEMPT = ("time/", "seconds", "compiles", "eval/")  # the shorter run ends with an evaluation
+
+
+class Process:
+    """`jaxreset train` with so many simulated devices, its output in a file."""
+
+    def __init__(self, log, devices, *options):
+        environment = os.environ | {
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }
+        command = [sys.executable, "-m", "jaxreset", "train", str(QUICKSTART), *TINY.split()]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [*command, *options], env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+        self.log = log
+
+    def wait(self, seconds):
+        """Its exit code."""
+        try:
+            return self.process.wait(seconds)
+        finally:
+            print(self.log.read_text()[-3000:])
+            self.process.kill()
+
+
+def metrics(folder):
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does_and_end_together(tmp_path):
+    alone = Process(tmp_path / "alone.log", 4, f"run.dir={tmp_path}/alone", "train.steps=2")
+    job = f"run.dir={tmp_path}/pair train.steps=5000 --processes 2 --coordinator localhost:{free_port()}"
+    pair = [Process(tmp_path / f"{n}.log", 2, *job.split(), "--process", str(n)) for n in range(2)]
+    try:
+        assert alone.wait(600) == 0
+        end = time.monotonic() + 600
+        while len(metrics(tmp_path / "pair")) < 4 and time.monotonic() < end:
+            assert all(p.process.poll() is None for p in pair), pair[0].log.read_text()[-3000:]
+            time.sleep(0.2)
+        pair[1].process.send_signal(signal.SIGKILL)
+        # By a connection that broke, or, where it waits for nothing just then, by missing heartbeats.
+        assert pair[0].wait(60) in (1, -signal.SIGABRT)
+    finally:
+        for process in [alone, *pair]:
+            process.process.kill()
+    message = pair[0].log.read_text()
+    assert re.search("other processes broke off|tasks are unhealthy", message)
+
+    expected, ours = metrics(tmp_path / "alone"), metrics(tmp_path / "pair")
+    assert expected[2]["optimizer_steps"] == 1
+    for line, other in zip(ours[:3], expected, strict=True):
+        line, other = (
+            {key: x for key, x in record.items() if not key.startswith(EXEMPT)}
+            for record in (line, other)
+        )
+        assert line.keys() == other.keys()
+        for key, value in line.items():
+            np.testing.assert_allclose(value, other[key], rtol=1e-5, atol=1e-6, err_msg=key)
+    assert len({line["compiles"] for line in ours}) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("localhost:1", None, 0), "--processes missing"),
+        (("localhost:1", 2, 2), "--process 2: expected 0 to 1"),
+        ((None, 2, 0), "--coordinator missing"),
+    ],
+)
+def test_flags_that_belong_together_are_asked_for(arguments, words):
+    with pytest.raises(ConfigError, match=words):
+        start(*arguments)
+
+
+def test_one_process_has_it_all():
+    assert gather(["a", ("b", 3)]) == ["a", ("b", 3)]
+    assert own_share(5) == range(5)
+    mesh = make_mesh(8, 1, 1)
+    tree = {"x": np.arange(16.0), "y": np.ones((8, 2))}
+    placed = put(tree, rows_sharding(mesh))
+    assert placed["y"].sharding.shard_shape((8, 2)) == (1, 2)
+    jax.tree.map(np.testing.assert_array_equal, fetch(placed), tree)
