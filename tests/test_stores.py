@@ -1,0 +1,70 @@
+"""Moving keys and values between stores over a mesh: read from the programs, nothing crosses devices."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxreset.models.decoder import KV
+from jaxreset.parallel import cache_sharding, make_mesh, rows_sharding
+from jaxreset.sampling.stores import Moved, fork, load, save, take
+
+COLLECTIVE = re.compile(
+    r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\S*\("
+)
+GROUPS, ROWS, PREFIX, WINDOW = 8, 4, 32, 16
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    """Makes abstract stores and index arrays that lie on a mesh."""
+    mesh = make_mesh(2, 2, 2)
+
+    def store(*around, slots):
+        def array(*shape):
+            sharding = cache_sharding(mesh, shape, head_axis=-3)
+            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+        heads, width = 4, 8
+        return (KV(array(2, *around, heads, width, slots), array(2, *around, heads, slots, width)),)
+
+    def numbers(count, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct((count,), dtype, sharding=rows_sharding(mesh))
+
+    return mesh, store, numbers
+
+
+PROGRAMS = {
+    "fork": lambda store, n: (
+        fork.lower,
+        (store(GROUPS, slots=PREFIX), store(GROUPS, ROWS, slots=WINDOW), n(GROUPS), n(16), (n(16), n(16))),
+        {"size": PREFIX + WINDOW},
+    ),
+    "take": lambda store, n: (take.lower, (store(GROUPS, slots=PREFIX), n(4), None), {"size": 16}),
+    "load": lambda store, n: (
+        load.lower,
+        (store(32, 1, slots=WINDOW), store(4, ROWS, slots=WINDOW), moved(n)),
+        {},
+    ),
+    "save": lambda store, n: (
+        save.lower,
+        (store(32, 1, slots=WINDOW), store(4, ROWS, slots=WINDOW), moved(n)),
+        {},
+    ),
+}  # fmt: skip
+
+
+def moved(numbers):
+    return Moved((numbers(32), numbers(32)), (numbers(32), numbers(32)), numbers(32, jnp.bool_))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_move_crosses_devices(arrays, name):
+    mesh, store, numbers = arrays
+    lower, args, options = PROGRAMS[name](store, numbers)
+    program = lower(*args, mesh=mesh, **options).compile().as_text()
+    assert "gather" in program or "scatter" in program  # so something is moved
+    assert not COLLECTIVE.findall(program)
