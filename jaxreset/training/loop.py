@@ -147,6 +147,7 @@ def _warm_start(experiment: Experiment, folder: RunFolder, display: Display) -> 
         inline=config.reset.localizer.mode == "inline",
         on_step=display.warm_start_step,
         interrupt=experiment.collector.interrupt,
+        mesh=experiment.mesh,
     )
     # Checkpoints hold only what is trained after this.
     if config.loss.kl or config.model.lora.rank:

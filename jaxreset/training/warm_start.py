@@ -17,6 +17,7 @@ from jaxreset.config import WarmStart
 from jaxreset.losses import token_logps
 from jaxreset.models.policy import Policy
 from jaxreset.models.precision import computing_decoder, widened
+from jaxreset.parallel import data_shards, put, rows_sharding
 from jaxreset.tasks.base import Problem
 from jaxreset.tasks.chain import ChainTask
 
@@ -149,11 +150,12 @@ def warm_start(
     inline: bool = False,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     interrupt: Callable[[], None] = lambda: None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Policy:
     """Trains on demonstrations; `on_step(step, loss)` is called now and then. Consumes `policy`.
 
     `interrupt` is called before each step and may raise. `inline`: localisations stand behind the
-    attempt that they are about.
+    attempt that they are about. `mesh`: its data shards split the batches that they divide.
     """
     optimizer = make_warm_start_optimizer(config)
     params = widened(policy.params)
@@ -162,6 +164,8 @@ def warm_start(
         demonstrations(task, problems, policy.tokenizer, config, seed=seed, inline=inline), 1
     ):
         interrupt()
+        if mesh is not None and all(len(b.ends) % data_shards(mesh) == 0 for b in batches):
+            batches = put(batches, rows_sharding(mesh))
         params, opt_state, loss = supervised_step(
             params, opt_state, batches, graph=policy.graph, optimizer=optimizer
         )
