@@ -1,4 +1,4 @@
-"""The command line: `jaxreset train | eval | export`."""
+"""The command line: `jaxreset train | eval | plan | export`."""
 
 from __future__ import annotations
 
@@ -98,6 +98,35 @@ def evaluate(
     low, high = result["eval/accuracy_low"], result["eval/accuracy_high"]
     console.print(f"sampled  {result['eval/accuracy']:.1%} [{low:.1%}, {high:.1%}]")
     console.print(f"greedy   {result['eval/greedy_accuracy']:.1%}")
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    topology: Annotated[
+        str, typer.Option(help="Devices to plan for, such as v5e:16x16, v6e:8x8 or cpu:8.")
+    ] = ...,  # type: ignore[assignment]
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    largest: Annotated[
+        bool, typer.Option("--largest", help="Also find the most rows that decode at once.")
+    ] = False,
+) -> None:
+    """Compile a run's programs for devices that need not be there, and say whether it fits them."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # whatever there is, it is left alone
+    from jaxreset.config_file import load_config
+    from jaxreset.training.plan_table import show
+    from jaxreset.training.plans import plan as make_plan
+
+    settings = load_config(config, overrides or [])
+    notes = Console(stderr=True, quiet=as_json)
+    report = make_plan(settings, topology, largest=largest, say=notes.print)
+    if as_json:
+        typer.echo(json.dumps(report.as_json()))
+        return
+    show(report, Console())
 
 
 @app.command()

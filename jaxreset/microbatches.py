@@ -75,7 +75,7 @@ class PackShape(NamedTuple):
 
 
 def pack_shapes(
-    lanes: int, prefix: int, slots: int, *, tokens: int, shards: int = 1
+    lanes: int, prefix: int, slots: int, *, tokens: int, shards: int = 1, multiple: int = 1
 ) -> list[PackShape]:
     """At most four sizes of microbatches: two widths of the prefix, each with many bins and with few.
 
@@ -84,12 +84,14 @@ def pack_shapes(
       prefix: the least prefix slots.
       tokens: most slots of a microbatch, though it has at least a bin for each shard.
       shards: that the bins are split over.
+      multiple: of which the prefix slots are one, so that they can be split too.
 
     >>> [tuple(shape) for shape in pack_shapes(8, 100, 50, tokens=10_000)]
     [(20, 8, 100, 50), (2, 8, 100, 50), (19, 8, 125, 50), (2, 8, 125, 50)]
     """
     shapes = []
-    for width in dict.fromkeys(max(prefix, int(share * lanes * slots)) for share in PREFIX_SHARES):
+    widths = (max(prefix, int(share * lanes * slots)) for share in PREFIX_SHARES)
+    for width in dict.fromkeys(-(-width // multiple) * multiple for width in widths):
         bins = max(tokens // ((width + lanes * slots) * shards), 1)
         few = max(bins // 8, 1)
         shapes += [PackShape(n * shards, lanes, width, slots) for n in dict.fromkeys((bins, few))]

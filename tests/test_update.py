@@ -225,6 +225,24 @@ def test_gradient_does_not_depend_on_microbatches_or_devices(families, family, m
     np.testing.assert_allclose(total, value, rtol=1e-9)
 
 
+# Lanes split over tensor, or slots where it doesn't divide the lanes, or neither.
+@pytest.mark.parametrize(
+    ("family", "mesh", "shape"),
+    [
+        ("qwen2", (2, 1, 4), PackShape(4, ROWS, 12, SUFFIX)),
+        ("lora", (1, 2, 4), PackShape(2, 5, 28, 20)),
+        ("llama3", (2, 2, 2), PackShape(4, 5, 27, 19)),
+    ],
+    ids=str,
+)
+def test_splitting_tokens_over_tensor_changes_no_gradient(families, family, mesh, shape):
+    policy, groups = families(family, "float32"), random_groups(6, seed=4)
+    expected, value = summed_gradient(policy, groups, shape, remat=True)
+    ours, total = summed_gradient(policy, groups, shape, mesh=make_mesh(*mesh), remat=True)
+    assert_close(ours, expected, 1e-5)
+    np.testing.assert_allclose(total, value, rtol=1e-5)
+
+
 def test_no_buffer_holds_logits_of_all_tokens():
     """Read from the compiled step: no array has tokens times vocabulary entries."""
     vocab, shape = 20_000, PackShape(2, 8, 64, 256)

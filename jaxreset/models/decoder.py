@@ -25,6 +25,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxreset.models.attention import (
     Attend,
@@ -35,6 +36,7 @@ from jaxreset.models.attention import (
 from jaxreset.models.block import Block, DecoderConfig, RMSNorm
 from jaxreset.models.packing import Packing
 from jaxreset.models.rotary import Rotation, rotation
+from jaxreset.parallel import embed_sharding, hidden_sharding, rows_sharding
 
 Array = jax.Array
 Carry = TypeVar("Carry")
@@ -47,6 +49,7 @@ class KV(NamedTuple):
     values: Array
 
 
+_constrain = jax.lax.with_sharding_constraint
 Store = tuple[KV, ...]  # one for each stack of a decoder
 
 
@@ -156,7 +159,7 @@ class Decoder(nnx.Module):
         packing: Packing,
         *,
         remat: bool = False,
-        layout: jax.sharding.Sharding | None = None,
+        mesh: Mesh | None = None,
     ) -> Array:
         """Hidden states of suffixes whose shared prefixes run through the network once.
 
@@ -165,8 +168,9 @@ class Decoder(nnx.Module):
           rows: `[N, K, S]` tokens: of each suffix the last prefix token, then its own but for the last.
           packing: which group and suffix each of them is of; see `one_group_each`.
           remat: recompute activations in the backward pass instead of keeping them.
-          layout: how devices split the hidden states between layers, by their first axis. Left to itself,
-            XLA may split them as the weights are, and sum them over devices in every layer.
+          mesh: of devices that hidden states are split over: between layers by `parallel.hidden_sharding`,
+            inside one by groups alone. Left to itself, XLA may split them as the weights are, and sum them
+            over devices in every layer.
 
         Returns:
           `[N, K, S, E]`; the state at a suffix's slot t predicts its t-th token.
@@ -174,10 +178,15 @@ class Decoder(nnx.Module):
         turn = self._turn(packing.positions)
         prefix_turn = self._turn(packing.prefix_positions)
 
+        def between(x: Array) -> Array:
+            return x if mesh is None else _constrain(x, hidden_sharding(mesh, x.shape))
+
+        def inside(x: Array) -> Array:
+            return x if mesh is None else _constrain(x, rows_sharding(mesh))
+
         def layer(carry: tuple[Array, Array], block: Block) -> tuple[tuple[Array, Array], None]:
-            if layout is not None:
-                carry = jax.lax.with_sharding_constraint(carry, layout)
-            shared, own = carry
+            # Both at either end: else XLA gathers weights for tokens that stay split.
+            shared, own = (inside(between(x)) for x in carry)
             shared, seen_keys, seen_values = _self_attend(
                 block, shared, prefix_turn, packing.prefix_groups, recompute=True
             )
@@ -189,9 +198,13 @@ class Decoder(nnx.Module):
                 Prefix(seen_keys, seen_values, packing.prefix_groups, packing.groups),
                 recompute=True,
             )
-            return (shared, block.combine(own, attended)), None
+            own = block.combine(own, attended)
+            return (between(inside(shared)), between(inside(own))), None
 
-        start = self.embed[prefix], self.embed[rows]
+        embed = self.embed[...]
+        if mesh is not None:
+            embed = _constrain(embed, embed_sharding(mesh, len(embed)))
+        start = between(inside(embed[prefix])), between(inside(embed[rows]))
         (_, own), _ = self._scan(layer, start, remat=remat)
         return self.norm(own)
 

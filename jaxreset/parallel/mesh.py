@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,19 +32,22 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {
 }
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh over all devices.
+def make_mesh(
+    data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over all devices, those of this job or others that programs are compiled for.
 
     Raises:
       ValueError: the product isn't the number of devices, with the arithmetic.
     """
-    sizes, count = (data, fsdp, tensor), len(jax.devices())
+    devices = jax.devices() if devices is None else devices
+    sizes, count = (data, fsdp, tensor), len(devices)
     if math.prod(sizes) != count:
         raise ValueError(
             f"mesh.data {data} × mesh.fsdp {fsdp} × mesh.tensor {tensor} = {math.prod(sizes)}, but "
-            f"there are {count} devices ({jax.devices()[0].device_kind}); change one of the three"
+            f"there are {count} devices ({devices[0].device_kind}); change one of the three"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def check_sizes(mesh: Mesh, *, heads: int, mlp: int, width: int) -> None:
@@ -103,6 +107,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def hidden_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """For hidden states `[N, ..., E]` between layers: groups as by `rows_sharding`, tokens over tensor.
+
+    Inside a layer every device of the tensor axis reads all tokens of its groups. Between layers, where
+    they are kept for the backward pass, each has a part: the first axis between N and E that tensor
+    divides is split, a group's lanes or else their slots.
+    """
+    axes: list[Any] = [("data", "fsdp"), *(None for _ in shape[1:])]
+    for axis, size in enumerate(shape[1:-1], 1):
+        if size % mesh.shape["tensor"] == 0:
+            axes[axis] = "tensor"
+            break
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
 def head_sharding(mesh: Mesh, vocab: int) -> NamedSharding:
     """For the output projection `[E, V]` where logits are made: split over tensor only.
 
@@ -110,6 +129,15 @@ def head_sharding(mesh: Mesh, vocab: int) -> NamedSharding:
     """
     axis = "tensor" if vocab % mesh.shape["tensor"] == 0 else None
     return NamedSharding(mesh, PartitionSpec(None, axis))
+
+
+def embed_sharding(mesh: Mesh, vocab: int) -> NamedSharding:
+    """For the embedding `[V, E]` where tokens are looked up: as `head_sharding`.
+
+    Split along fsdp too, it would be looked up for the tokens of all shards.
+    """
+    axis = "tensor" if vocab % mesh.shape["tensor"] == 0 else None
+    return NamedSharding(mesh, PartitionSpec(axis))
 
 
 def cache_sharding(mesh: Mesh, shape: tuple[int, ...], head_axis: int) -> NamedSharding:

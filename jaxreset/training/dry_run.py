@@ -37,7 +37,7 @@ def describe(config: Config, console: Console) -> None:
     caches = {}
     for name, shape in sampled:
         caches[name] = cache_bytes(model, shape)
-        table.add_row(name, *map(str, shape), _size(caches[name]))
+        table.add_row(name, *map(str, shape), size_text(caches[name]))
     for pack in plan.pack:
         tokens = pack.bins * (pack.prefix + pack.lanes * pack.slots)
         table.add_row("update (bins, lanes)", *map(str, pack), f"{tokens:,} tokens")
@@ -46,12 +46,12 @@ def describe(config: Config, console: Console) -> None:
     changing, frozen = trained(policy.params)
     state = jax.tree.leaves(jax.eval_shape(widened, changing))
     learnt, kept = sum(p.size * p.dtype.itemsize for p in state), _bytes(frozen)
-    console.print(f"parameters            {_size(_bytes(policy.params))} ({model.dtype})")
-    console.print(f"  frozen in training  {_size(kept)}")
-    console.print(f"  trained             {_size(learnt)} ({sum(p.size for p in state):,})")
-    console.print(f"optimizer, gradients  {_size(3 * learnt)}")
+    console.print(f"parameters            {size_text(_bytes(policy.params))} ({model.dtype})")
+    console.print(f"  frozen in training  {size_text(kept)}")
+    console.print(f"  trained             {size_text(learnt)} ({sum(p.size for p in state):,})")
+    console.print(f"optimizer, gradients  {size_text(3 * learnt)}")
     held = sum(size for name, size in caches.items() if name != "evaluate")
-    console.print(f"caches of a step      {_size(held)} at most, all rounds held")
+    console.print(f"caches of a step      {size_text(held)} at most, all rounds held")
     train, test = len(experiment.problems.train), len(experiment.problems.test)
     console.print(
         f"problems              {train:,} to train on, {test:,} held out, "
@@ -64,7 +64,8 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes in a unit that suits them."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.1f} {unit}"

@@ -5,7 +5,7 @@ The programs of a run are compiled later, so a bad config costs seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +58,9 @@ class Plan:
     sets: tuple[int, int]
 
 
-def make_plan(config: Config, objective: Objective, *, shards: int = 1) -> Plan:
-    """All shapes of a run, from the limits of its config; `shards` of the mesh that groups lie on."""
+def make_plan(config: Config, objective: Objective, *, shards: int = 1, tensor: int = 1) -> Plan:
+    """All shapes of a run, from the limits of its config; `shards` and `tensor`: of its mesh, those that
+    groups lie on and those that share one."""
     s, o, prompts = config.sampling, objective, config.train.prompts_per_step
     prompt, response = s.max_prompt_tokens, s.max_response_tokens
     base = [Shape(prompts, o.first_draw, prompt, response)]
@@ -88,6 +89,7 @@ def make_plan(config: Config, objective: Objective, *, shards: int = 1) -> Plan:
                 response,
                 tokens=config.train.microbatch_tokens,
                 shards=shards,
+                multiple=tensor,
             )
         ),
         sets=(prompts * (1 + o.rungs * o.resets), o.base + o.resets * o.branches),
@@ -156,8 +158,8 @@ def make_experiment(config: Config) -> Experiment:
 
 def _make_experiment(config: Config) -> Experiment:
     objective = config.make_objective()
-    mesh = _mesh(config)
-    plan = make_plan(config, objective, shards=data_shards(mesh))
+    mesh = choose_mesh(config)
+    plan = make_plan(config, objective, shards=data_shards(mesh), tensor=mesh.shape["tensor"])
     task = make_task(config.task)
     problems = _problems(config, task)
     spread = mesh if mesh.size > 1 else None
@@ -200,7 +202,7 @@ def _make_experiment(config: Config) -> Experiment:
         stream=PromptStream(train, task, policy.tokenizer, seed=config.seed),
         sampler=sampler,
         collector=collector,
-        form=_loss_form(config),
+        form=loss_form(config),
         mesh=spread,
     )
 
@@ -213,7 +215,8 @@ def _spread(policy: Policy, mesh: jax.sharding.Mesh | None) -> Policy:
     return policy.with_params(params, policy.version)
 
 
-def _loss_form(config: Config) -> LossForm:
+def loss_form(config: Config) -> LossForm:
+    """The config's."""
     loss = config.loss
     assert loss.aggregation is not None  # resolved
     return LossForm(
@@ -263,9 +266,15 @@ def _localizer(
     )
 
 
-def _mesh(config: Config) -> jax.sharding.Mesh:
+def choose_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The config's mesh over all devices, those of this job or the given ones.
+
+    Raises:
+      ValueError: its product isn't their number, or it splits something unevenly; with the arithmetic.
+    """
     fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
-    data = config.mesh.data or max(len(jax.devices()) // (fsdp * tensor), 1)
+    count = len(jax.devices() if devices is None else devices)
+    data = config.mesh.data or max(count // (fsdp * tensor), 1)
     # Groups are split over data and fsdp, each shard taking equally many.
     for name, groups in (
         ("train.prompts_per_step", config.train.prompts_per_step),
@@ -276,7 +285,7 @@ def _mesh(config: Config) -> jax.sharding.Mesh:
                 f"{name} {groups} is not divisible by mesh.data {data} × mesh.fsdp {fsdp} = "
                 f"{data * fsdp} shards"
             )
-    return make_mesh(data, fsdp, tensor)
+    return make_mesh(data, fsdp, tensor, devices)
 
 
 def _problems(config: Config, task: Task) -> Problems:
@@ -294,9 +303,17 @@ def _policy(config: Config, mesh: jax.sharding.Mesh | None) -> Policy:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    sizes = fresh_sizes(config, len(tokenizer))
+    if mesh is not None:
+        check_sizes(mesh, heads=sizes.heads, mlp=sizes.mlp, width=sizes.width)
+    return _spread(new_policy(sizes, tokenizer, seed=config.seed), mesh)
+
+
+def fresh_sizes(config: Config, vocab: int) -> DecoderConfig:
+    """Sizes of a policy with random weights."""
     fresh = config.model.fresh
-    sizes = DecoderConfig(
-        vocab=len(tokenizer),
+    return DecoderConfig(
+        vocab=vocab,
         layers=fresh.layers,
         width=fresh.width,
         heads=fresh.heads,
@@ -306,6 +323,3 @@ def _policy(config: Config, mesh: jax.sharding.Mesh | None) -> Policy:
         tie_embeddings=False,
         dtype=config.model.dtype,
     )
-    if mesh is not None:
-        check_sizes(mesh, heads=sizes.heads, mlp=sizes.mlp, width=sizes.width)
-    return _spread(new_policy(sizes, tokenizer, seed=config.seed), mesh)

@@ -28,7 +28,7 @@ from jaxreset.losses import (
 )
 from jaxreset.microbatches import GroupBatch
 from jaxreset.models.precision import computing_decoder, widened
-from jaxreset.parallel import data_shards, head_sharding, rows_sharding
+from jaxreset.parallel import data_shards, head_sharding
 
 Array = jax.Array
 Layout = tuple[jax.sharding.Sharding, ...] | None
@@ -89,21 +89,35 @@ def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformatio
 
 def init_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
     """State at step 0: all of it in float32 at least, and where `params` lie."""
+    shardings = jax.tree.map(_sharding, abstract_state(params, optimizer))
     params = widened(params)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like), out_shardings=shardings.gradients)(
+        params
+    )
+    return TrainState(committed(params), opt_state, zeros)
+
+
+def abstract_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes, dtypes and places of `init_state`'s result; of `params` it asks no more either."""
     shardings = jax.tree.map(_sharding, params)
+    params = jax.eval_shape(widened, params)
     replicated = jax.tree.leaves(shardings)[0]
     if isinstance(replicated, jax.sharding.NamedSharding):
         replicated = jax.sharding.NamedSharding(replicated.mesh, jax.sharding.PartitionSpec())
-    opt_shardings = optax.tree_utils.tree_map_params(
+
+    def like(x: Array, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    opt_state = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda _, s: s,
+        like,
         jax.eval_shape(optimizer.init, params),
         shardings,
-        transform_non_params=lambda _: replicated,
+        transform_non_params=lambda x: like(x, replicated),
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-    zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like), out_shardings=shardings)(params)
-    return TrainState(committed(params), opt_state, zeros)
+    whole = jax.tree.map(like, params, shardings)
+    return TrainState(whole, opt_state, whole)
 
 
 def committed(tree: Any) -> Any:
@@ -139,13 +153,10 @@ def batch_hidden(
 ) -> tuple[Array, Array]:
     """Hidden states of a microbatch's slots, [N, K, S, E], and the output projection."""
     model = computing_decoder(graph, params, frozen)
-    head, layout = model.head, None
+    head = model.head
     if mesh is not None:
-        layout = rows_sharding(mesh)
         head = jax.lax.with_sharding_constraint(head, head_sharding(mesh, head.shape[-1]))
-    hidden = model.suffix_hidden(
-        batch.prefix, batch.rows, batch.packing, remat=remat, layout=layout
-    )
+    hidden = model.suffix_hidden(batch.prefix, batch.rows, batch.packing, remat=remat, mesh=mesh)
     return hidden, head
 
 

@@ -1,0 +1,280 @@
+"""A run's programs, lowered from shapes alone: no weight is read and no array exists.
+
+Every call of a program that is compiled ahead of time stands here, with the arguments that sampler and
+learner give it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.stages import Lowered
+
+from jaxreset.config import Config
+from jaxreset.microbatches import PackShape, empty_batch
+from jaxreset.models import adapters
+from jaxreset.models.block import DecoderConfig
+from jaxreset.models.decoder import KV, Decoder, Store
+from jaxreset.models.decoding_copy import decodes_as_it_is, decoding_copy, unstacked_graph
+from jaxreset.models.huggingface import abstract_decoder
+from jaxreset.parallel import (
+    cache_sharding,
+    decode_shardings,
+    param_shardings,
+    replicated,
+    rows_sharding,
+)
+from jaxreset.sampling import decoding, stores
+from jaxreset.sampling.decoding import Limits
+from jaxreset.sampling.drawing import idle_lanes
+from jaxreset.sampling.rounds import Shape
+from jaxreset.sampling.schedule import LaneShape
+from jaxreset.sampling.tokens import Draws
+from jaxreset.steps import StepAutomaton, build_automaton
+from jaxreset.training.setup import loss_form
+from jaxreset.training.update import (
+    TrainState,
+    abstract_state,
+    accumulate,
+    apply,
+    layout_of,
+    make_optimizer,
+)
+
+Tree = Any  # of jax.ShapeDtypeStruct
+
+BYTES = [bytes([value]) for value in range(256)]  # a vocabulary that spells anything
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a config's programs are about: shapes, dtypes and places of its arrays.
+
+    Attributes:
+      config: resolved.
+      model: sizes of the policy, with its adapters.
+      graph: of the policy.
+      state, frozen: what is trained, and the parameters that are not.
+      decoding_graph, decoding: the policy as decoding wants it, in a copy or as it is (`copies`).
+      automaton: the step table.
+      optimizer: the config's.
+      mesh: None: one device.
+      rows, whole: where arrays of groups lie, and arrays that every device has.
+    """
+
+    config: Config
+    model: DecoderConfig
+    graph: nnx.GraphDef[Decoder]
+    state: TrainState
+    frozen: nnx.State
+    decoding_graph: nnx.GraphDef[Decoder]
+    decoding: nnx.State
+    copies: bool
+    automaton: StepAutomaton
+    optimizer: optax.GradientTransformation
+    mesh: Mesh | None
+    rows: Sharding
+    whole: Sharding
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the devices are this machine's cores."""
+        device: Any = next(iter(self.whole.device_set))
+        return bool(device.platform == "cpu")
+
+
+def make_subject(
+    config: Config, model: DecoderConfig, mesh: Mesh, *, delimiter: str, answer_marker: str
+) -> Subject:
+    """The arrays of a run with a policy of those sizes, on a mesh of devices that need not be there."""
+    spread = mesh if mesh.size > 1 else None
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    (device,) = mesh.devices.flat if spread is None else (None,)
+    alone = None if device is None else SingleDeviceSharding(device)
+
+    def place(tree: Tree, shardings: Any) -> Tree:
+        if alone is not None:
+            shardings = jax.tree.map(lambda _: alone, tree)
+        return jax.tree.map(_placed, tree, shardings)
+
+    model = dataclasses.replace(model, lora=config.model.lora.make())
+    graph, params = abstract_decoder(model)
+    params = place(params, param_shardings(mesh, params))
+    learnt, frozen = adapters.trained(params)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    state = abstract_state(learnt, optimizer)
+    whole = nnx.merge_state(state.params, frozen)
+    states, size = _states(delimiter, answer_marker), model.vocab
+    decoding_graph, copy = _decoding_copy(graph, whole, model, mesh)
+    return Subject(
+        config=config,
+        model=model,
+        graph=graph,
+        state=state,
+        frozen=frozen,
+        decoding_graph=decoding_graph,
+        decoding=place(copy, decode_shardings(mesh, copy)),
+        copies=on_cpu or not decodes_as_it_is(whole, model, spread),
+        automaton=StepAutomaton(
+            jax.ShapeDtypeStruct((states, size), np.int16),
+            jax.ShapeDtypeStruct((states, size), np.uint8),
+        ),
+        optimizer=optimizer,
+        mesh=spread,
+        rows=alone or rows_sharding(mesh),
+        whole=alone or replicated(mesh),
+    )
+
+
+class Call(NamedTuple):
+    """A jitted function and what it would be called with."""
+
+    function: Any
+    args: tuple[Tree, ...]
+    static: dict[str, Any]
+
+    def lower(self) -> Lowered:
+        """The program, not yet compiled."""
+        lowered: Lowered = self.function.lower(*self.args, **self.static)
+        return lowered
+
+
+def prefill(subject: Subject, shape: Shape) -> Call:
+    """Prefilling the prefixes of a round."""
+    tokens = _all_at(np.zeros((shape.groups, shape.prefix), np.int32), subject.rows)
+    static = {"graph": subject.decoding_graph, "mesh": subject.mesh}
+    return Call(decoding.prefill, (subject.decoding, tokens), static)
+
+
+def decode(subject: Subject, lanes: LaneShape) -> Call:
+    """The decoding loop of some lanes."""
+    one = np.int32(1)
+    limits = Limits(one, one, one, one, np.zeros(1, np.int32))
+    draws = Draws(np.float32(1), np.float32(1), one, one, *np.zeros(3, np.uint32))
+    args = (
+        subject.decoding,
+        prefix_store(subject, lanes.groups, lanes.prefix),
+        own_store(subject, *lanes.own),
+        _all_at(idle_lanes(lanes), subject.rows),
+        *_all_at((subject.automaton, limits, draws, one), subject.whole),
+    )
+    return Call(decoding.decode, args, {"graph": subject.decoding_graph, "mesh": subject.mesh})
+
+
+def fork(subject: Subject, parent: Shape, child: Shape) -> Call:
+    """Gathering the prefixes of a reset round from a round whose rows are all in their places."""
+    lengths, groups = np.zeros(parent.groups, np.int32), np.zeros(child.groups, np.int32)
+    args = (
+        prefix_store(subject, parent.groups, parent.prefix),
+        own_store(subject, parent.groups, parent.rows, parent.suffix),
+        *_all_at((lengths, groups, (groups, groups)), subject.rows),
+    )
+    return Call(stores.fork, args, {"size": child.prefix, "mesh": subject.mesh})
+
+
+def accumulate_microbatch(subject: Subject, shape: PackShape) -> Call:
+    """The gradient of a microbatch."""
+    args = (
+        subject.state.gradients,
+        subject.state.params,
+        subject.frozen,
+        microbatch(subject, shape),
+        _all_at(np.float32(1), subject.whole),
+    )
+    static = {
+        "graph": subject.graph,
+        "form": loss_form(subject.config),
+        "remat": subject.config.train.remat,
+        "mesh": subject.mesh,
+        "layout": layout_of(subject.state.gradients),
+    }
+    return Call(accumulate, args, static)
+
+
+def apply_gradients(subject: Subject) -> Call:
+    """The optimizer's step."""
+    args = subject.state, _all_at(np.float32(1), subject.whole)
+    static = {"optimizer": subject.optimizer, "layout": layout_of(subject.state)}
+    return Call(apply, args, static)
+
+
+def microbatch(subject: Subject, shape: PackShape) -> Tree:
+    """A microbatch, with what else its loss needs."""
+    form, batch = loss_form(subject.config), empty_batch(shape)
+    if form.recompute:
+        batch = batch._replace(old_logps=batch.behavior_logps)
+    if form.kl:
+        batch = batch._replace(reference_logps=batch.behavior_logps)
+    return _all_at(batch, subject.rows)
+
+
+def prefix_store(subject: Subject, groups: int, size: int) -> Store:
+    """Keys and values of prefixes, N × P slots."""
+    return _store(subject, (groups,), size)
+
+
+def own_store(subject: Subject, groups: int, rows: int, size: int) -> Store:
+    """Keys and values of rows, M × K × S slots."""
+    return _store(subject, (groups, rows), size)
+
+
+def device_bytes_of(*trees: Tree) -> int:
+    """Bytes of arrays on the device that has most of them."""
+    leaves = jax.tree.leaves(trees)
+    shards = [(x.sharding.shard_shape(x.shape), x.dtype) for x in leaves]
+    return sum(int(np.prod(shape, dtype=int)) * dtype.itemsize for shape, dtype in shards)
+
+
+def _states(delimiter: str, answer_marker: str) -> int:
+    """States of the step table, which depend on what it looks for and not on the vocabulary."""
+    table = build_automaton(BYTES, delimiter=delimiter, answer_marker=answer_marker)
+    return len(table.next_state)
+
+
+def _decoding_copy(
+    graph: nnx.GraphDef[Decoder], params: nnx.State, model: DecoderConfig, mesh: Mesh
+) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+    """As `sampling.programs.Programs.layout` makes it, not yet placed."""
+    on_cpu, plain = mesh.devices.flat[0].platform == "cpu", graph
+    if on_cpu:
+        if model.lora is not None and jnp.finfo(model.dtype).bits >= 32:
+            model = dataclasses.replace(model, lora=None)
+            params = jax.eval_shape(partial(adapters.merge, graph=graph), params)
+            plain, _ = abstract_decoder(model)
+        graph = unstacked_graph(model)
+    copy = partial(decoding_copy, graph=plain, unstacked=on_cpu, mesh=None)
+    return graph, jax.eval_shape(copy, params)
+
+
+def _store(subject: Subject, around: tuple[int, ...], size: int) -> Store:
+    c, mesh = subject.model, subject.mesh
+
+    def place(*shape: int) -> Any:
+        sharding = subject.whole
+        if mesh is not None:
+            sharding = cache_sharding(mesh, shape, head_axis=stores.HEAD_AXIS)
+        return jax.ShapeDtypeStruct(shape, c.dtype, sharding=sharding)
+
+    def stack(layers: int) -> KV:
+        heads = layers, *around, c.kv_heads
+        return KV(place(*heads, c.head_dim, size), place(*heads, size, c.head_dim))
+
+    # A CPU has each layer in a stack of its own.
+    return tuple(map(stack, [1] * c.layers if subject.on_cpu else [c.layers]))
+
+
+def _all_at(tree: Tree, sharding: Sharding) -> Tree:
+    return jax.tree.map(lambda x: _placed(x, sharding), tree)
+
+
+def _placed(x: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -1,0 +1,245 @@
+"""What a config's arrays and programs take of a device that need not be there.
+
+What is resident follows from shapes, what a program needs besides from its compiler. A program that the
+compiler refuses for its memory is an answer too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jax.stages import Compiled
+
+from jaxreset.config import Config
+from jaxreset.errors import ConfigError
+from jaxreset.microbatches import PackShape
+from jaxreset.models.block import DecoderConfig
+from jaxreset.models.sizes import model_sizes
+from jaxreset.parallel import check_sizes, data_shards
+from jaxreset.parallel.collectives import Collective, collectives
+from jaxreset.parallel.topology import Slice, is_refusal, refusal
+from jaxreset.sampling.rounds import Shape
+from jaxreset.sampling.schedule import LaneShape
+from jaxreset.tasks.chain import TOKENIZER
+from jaxreset.tasks.pipeline import make_task
+from jaxreset.training import ahead, caches
+from jaxreset.training.ahead import Call, Subject, device_bytes_of
+from jaxreset.training.setup import Plan, choose_mesh, fresh_sizes, make_plan
+
+Say = Callable[[str], None]
+
+
+class Traffic(NamedTuple):
+    """Collectives of one kind in a program.
+
+    Attributes:
+      kind: of `collectives.KINDS`.
+      looping: of the decoding loop, so for each token; else of one run of the program.
+      times, bytes: how many, and of their results, with the trips of the layers' loops.
+      largest, shape: bytes and shape of the largest result.
+    """
+
+    kind: str
+    looping: bool
+    times: int
+    bytes: int
+    largest: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program; bytes are on one device.
+
+    Attributes:
+      name, sizes: which, and of what sizes.
+      seconds: that compiling took.
+      arguments, result, temporary: bytes; the result without what takes an argument's place.
+      refused: the compiler's words, where it refused it for its memory: then the last are unknown, and
+        `temporary` is what the compiler says that it needs in all.
+      traffic: what it sends between devices.
+    """
+
+    name: str
+    sizes: tuple[int, ...]
+    seconds: float
+    arguments: int = 0
+    result: int = 0
+    temporary: int = 0
+    refused: str | None = None
+    traffic: tuple[Traffic, ...] = ()
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a device holds at the worst moment of a phase, in bytes; `over`: more than its memory."""
+
+    parts: dict[str, int]
+    over: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config on a slice, ready to be compiled."""
+
+    config: Config
+    slice: Slice
+    subject: Subject
+    plan: Plan
+
+    @property
+    def prefilled(self) -> list[Shape]:
+        """Rounds whose prefixes run through the network: all but what goes on from rounds that are held."""
+        kept = caches.held(self.subject, self.plan, self.slice.memory)
+        gathered = {child for parent, child in self.plan.forks if parent in kept}
+        if kept and self.config.reset.localizer.mode == "inline" and self.plan.localize is not None:
+            gathered.add(self.plan.localize)
+        return [shape for shape in caches.rounds(self.plan) if shape not in gathered]
+
+    @property
+    def lanes(self) -> LaneShape:
+        """Of all rounds' lanes, those that hold most."""
+        widest = [caches.widest_lanes(self.subject, s) for s in caches.rounds(self.plan)]
+        return max(widest, key=caches.slots_of)
+
+    @property
+    def pack(self) -> PackShape:
+        """The largest microbatch."""
+        return max(self.plan.pack, key=lambda s: s.bins * (s.prefix + s.lanes * s.slots))
+
+
+def make_case(config: Config, target: Slice) -> Case:
+    """Checks all that a plan needs; nothing is compiled.
+
+    Raises:
+      ConfigError: a bad config, a mesh of another number of devices, or a model of unknown sizes.
+    """
+    try:
+        mesh = choose_mesh(config, target.devices)
+        shards, tensor = data_shards(mesh), mesh.shape["tensor"]
+        shapes = make_plan(config, config.make_objective(), shards=shards, tensor=tensor)
+        task = make_task(config.task)
+        task.close()
+        sizes = _sizes(config)
+        check_sizes(mesh, heads=sizes.heads, mlp=sizes.mlp, width=sizes.width)
+        texts = {"delimiter": task.delimiter, "answer_marker": task.answer_marker}
+        subject = ahead.make_subject(config, sizes, mesh, **texts)
+        return Case(config, target, subject, shapes)
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def compiled(case: Case, say: Say) -> Iterator[Program]:
+    """Each kind of program in its largest size; the update, which takes longest, comes last."""
+    subject, shapes = case.subject, case.plan
+    longest = max(case.prefilled, key=lambda s: s.groups * s.prefix)
+    yield compile_program("prefill", longest[::2], ahead.prefill(subject, longest), say)
+    yield compile_program("decode", case.lanes, ahead.decode(subject, case.lanes), say)
+    kept = caches.held(subject, shapes, case.slice.memory)
+    if forks := [(parent, child) for parent, child in shapes.forks if parent in kept]:
+        parent, child = max(forks)
+        yield compile_program("fork", child[::2], ahead.fork(subject, parent, child), say)
+    yield compile_program("apply", (), ahead.apply_gradients(subject), say)
+    call = ahead.accumulate_microbatch(subject, case.pack)
+    yield compile_program("accumulate", case.pack, call, say)
+
+
+def resident(subject: Subject) -> dict[str, int]:
+    """Bytes of what outlives a phase."""
+    state = subject.state
+    trained = device_bytes_of(state.params)
+    parts = {
+        "trained parameters": trained,
+        "frozen parameters": device_bytes_of(subject.frozen),
+        "optimizer": device_bytes_of(state.opt_state),
+        "gradients": device_bytes_of(state.gradients),
+    }
+    if subject.config.loss.kl:
+        parts["reference parameters"] = trained
+    return parts
+
+
+def phases(case: Case, programs: Sequence[Program]) -> dict[str, Phase]:
+    """What each phase holds, with these programs."""
+    subject, memory = case.subject, case.slice.memory
+    keeps, needs = resident(subject), {p.name: p.temporary for p in programs}
+    sampling = keeps | {
+        "decoding copy": device_bytes_of(subject.decoding) if subject.copies else 0,
+        "caches": caches.most_bytes(subject, case.plan, memory),
+        "temporary": max(needs.get(name, 0) for name in ("prefill", "decode", "fork")),
+    }
+    update = keeps | {
+        "microbatch": device_bytes_of(ahead.microbatch(subject, case.pack)),
+        "temporary": max(needs.get(name, 0) for name in ("accumulate", "apply")),
+    }
+    return {
+        name: Phase(parts, sum(parts.values()) - memory)
+        for name, parts in (("sampling", sampling), ("update", update))
+    }
+
+
+def _sizes(config: Config) -> DecoderConfig:
+    """Of the policy, without adapters."""
+    if config.model.path is not None:
+        return model_sizes(config.model.path, dtype=config.model.dtype)
+    from transformers import AutoTokenizer
+
+    return fresh_sizes(config, len(AutoTokenizer.from_pretrained(TOKENIZER)))
+
+
+def compile_program(name: str, sizes: tuple[int, ...], call: Call, say: Say) -> Program:
+    """The program's numbers, or the compiler's refusal."""
+    say(f"compiling {name} {tuple(sizes) or ''}".rstrip())
+    start, arguments = time.perf_counter(), device_bytes_of(call.args)
+    try:
+        program = call.lower().compile()
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        needs = refusal(error)[0] or 0
+        return Program(
+            name,
+            tuple(sizes),
+            time.perf_counter() - start,
+            arguments=arguments,
+            temporary=max(needs - arguments, 0),
+            refused=str(error).splitlines()[0],
+        )
+    seconds = time.perf_counter() - start
+    return Program(name, tuple(sizes), seconds, *_memory(program), traffic=_traffic(program))
+
+
+def _memory(program: Compiled) -> tuple[int, int, int]:
+    """Arguments, results that take no argument's place, temporaries."""
+    m = program.memory_analysis()
+    assert m is not None  # CPU and TPU have one
+    result = m.output_size_in_bytes - m.alias_size_in_bytes
+    return m.argument_size_in_bytes, max(result, 0), m.temp_size_in_bytes
+
+
+def _traffic(program: Compiled) -> tuple[Traffic, ...]:
+    found: defaultdict[tuple[str, bool], list[Collective]] = defaultdict(list)
+    for one in collectives(program.as_text() or ""):
+        found[one.kind, one.looping].append(one)
+    traffic = []
+    for (kind, looping), all_of in sorted(found.items()):
+        largest = max(all_of, key=lambda one: one.bytes)
+        traffic.append(
+            Traffic(
+                kind,
+                looping,
+                sum(one.times for one in all_of),
+                sum(one.times * one.bytes for one in all_of),
+                largest.bytes,
+                largest.shapes[0] if largest.shapes else (),
+            )
+        )
+    return tuple(traffic)

@@ -1,0 +1,131 @@
+"""Whether a run fits a machine that isn't there: its real programs compiled ahead of time, and read.
+
+report = plan(config, "v5e:16x16")
+report.fits, report.phases["update"].total, report.memory
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from jaxreset.config import Config
+from jaxreset.errors import ConfigError
+from jaxreset.models import flops
+from jaxreset.parallel.topology import slice_of
+from jaxreset.training import caches
+from jaxreset.training.advice import Advice, Largest, advise, largest_slots
+from jaxreset.training.footprint import Case, Phase, Program, Say, compiled, make_case, phases
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of a config on a topology; bytes are on one device.
+
+    Attributes:
+      topology, kind, devices, memory: of what it was planned for.
+      mesh: sizes of its axes.
+      parameters: numbers of the policy, adapters left out.
+      phases: "sampling" and "update".
+      programs: compiled.
+      flops: of a step at its limits on all devices: every response as long as it may be.
+      advice: where it doesn't fit, changes that help.
+      largest: where it was asked for.
+    """
+
+    topology: str
+    kind: str
+    devices: int
+    memory: int
+    mesh: dict[str, int]
+    parameters: int
+    phases: dict[str, Phase]
+    programs: tuple[Program, ...]
+    flops: dict[str, float]
+    advice: tuple[Advice, ...] = ()
+    largest: Largest | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether both phases do, and the compiler refused nothing."""
+        refused = any(program.refused for program in self.programs)
+        return not refused and all(phase.over <= 0 for phase in self.phases.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it in JSON's types."""
+        phases = {
+            name: {**asdict(phase), "total": phase.total} for name, phase in self.phases.items()
+        }
+        programs = [
+            {**asdict(p), "traffic": [t._asdict() for t in p.traffic]} for p in self.programs
+        ]
+        changed = {
+            "phases": phases,
+            "programs": programs,
+            "advice": [a._asdict() for a in self.advice],
+            "largest": self.largest and self.largest._asdict(),
+        }
+        return {"fits": self.fits, **asdict(self), **changed}
+
+
+def plan(
+    config: Config, topology: str, *, largest: bool = False, say: Say = lambda _: None
+) -> Report:
+    """Compiles a config's programs for a topology and adds up what a device holds.
+
+    Args:
+      config: resolved.
+      topology: see `topology.slice_of`.
+      largest: look for the most rows that decode at once, too.
+      say: told what is compiled.
+
+    Raises:
+      ConfigError: a bad config or topology, a mesh that doesn't have as many devices, a model whose sizes
+        are not to be had, or no compiler for that kind of device.
+    """
+    try:
+        target = slice_of(topology)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+    case = make_case(config, target)
+    programs = tuple(compiled(case, say))
+    mesh = case.subject.mesh
+    report = Report(
+        topology=target.name,
+        kind=target.kind,
+        devices=len(target.devices),
+        memory=target.memory,
+        mesh={} if mesh is None else dict(mesh.shape),
+        parameters=flops.parameters(case.subject.model),
+        phases=phases(case, programs),
+        programs=programs,
+        flops=_step_flops(case),
+    )
+    if not report.fits:
+        report = replace(report, advice=tuple(advise(case, report.phases, programs)))
+    if largest:
+        report = replace(report, largest=largest_slots(case, programs, say))
+    return report
+
+
+def _step_flops(case: Case) -> dict[str, float]:
+    """Of each part of a step at its limits, on all devices."""
+    model, shapes, objective = case.subject.model, case.plan, case.config.make_objective()
+    made = {"prefill": 0.0, "decode": 0.0}
+    for shape, name in caches.rounds(shapes).items():
+        if name == "evaluate":
+            continue
+        times = objective.rungs if name == "resume" else 1
+        if shape in case.prefilled:
+            made["prefill"] += times * shape.groups * flops.prefill_flops(model, shape.prefix)
+        rows = times * shape.groups * shape.rows
+        made["decode"] += rows * flops.decode_flops(model, shape.prefix, shape.suffix)
+    s, remat = case.config.sampling, case.config.train.remat
+    prompts = case.config.train.prompts_per_step
+    prompt, response = s.max_prompt_tokens, s.max_response_tokens
+    groups = [(objective.base, prompt)] if objective.base else []
+    groups += [(objective.branches, prompt + response)] * (objective.rungs * objective.resets)
+    update = sum(
+        flops.update_flops(model, prefix, rows, response, remat=remat) for rows, prefix in groups
+    )
+    return made | {"update": prompts * case.config.train.epochs * update}
