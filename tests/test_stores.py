@@ -10,6 +10,7 @@ import pytest
 
 from jaxreset.models.decoder import KV
 from jaxreset.parallel import cache_sharding, make_mesh, rows_sharding
+from jaxreset.parallel.topology import slice_of
 from jaxreset.sampling.stores import Moved, fork, load, save, take
 
 COLLECTIVE = re.compile(
@@ -18,10 +19,13 @@ COLLECTIVE = re.compile(
 GROUPS, ROWS, PREFIX, WINDOW = 8, 4, 32, 16
 
 
-@pytest.fixture(scope="module")
-def arrays():
+@pytest.fixture(scope="module", params=["cpu:8", "v5e:2x2"])
+def arrays(request):
     """Makes abstract stores and index arrays that lie on a mesh."""
-    mesh = make_mesh(2, 2, 2)
+    if request.param == "v5e:2x2":
+        pytest.importorskip("libtpu", reason="the compiler of TPU programs, part of jax[tpu]")
+    devices = slice_of(request.param).devices
+    mesh = make_mesh(2, len(devices) // 4, 2, devices)
 
     def store(*around, slots):
         def array(*shape):
