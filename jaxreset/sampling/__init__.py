@@ -1,6 +1,6 @@
 """Drawing rollouts: `Sampler.sample` from prompts, `Sampler.resume` from snapshots."""
 
-from jaxreset.sampling.rounds import Round, Shape, Snapshot, StopReason, Stream
-from jaxreset.sampling.sampler import Sampler, StopRules
+from jaxreset.sampling.rounds import Round, Shape, Snapshot, StopReason, StopRules, Stream
+from jaxreset.sampling.sampler import Sampler
 
 __all__ = ["Round", "Sampler", "Shape", "Snapshot", "StopReason", "StopRules", "Stream"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,9 +12,9 @@ from jaxreset.models.decoder import Store
 from jaxreset.parallel import fetch
 from jaxreset.sampling.decoding import Drawn, Lanes
 from jaxreset.sampling.lanes import LaneCache
-from jaxreset.sampling.rounds import StopReason
+from jaxreset.sampling.rounds import NO_LIMIT, StopReason, StopRules
 from jaxreset.sampling.schedule import Batch, Costs, LaneShape, next_batch
-from jaxreset.steps import Progress
+from jaxreset.steps import Progress, StepAutomaton, replay
 
 
 class Start(NamedTuple):
@@ -34,6 +34,42 @@ class Start(NamedTuple):
     used: np.ndarray
     most: np.ndarray
     live: np.ndarray
+
+
+def make_start(
+    automaton: StepAutomaton,
+    stop: StopRules,
+    prefixes: Sequence[np.ndarray],
+    prompt_lengths: Sequence[int],
+    ids: Sequence[int],
+    first_rows: Sequence[int] | None,
+) -> Start:
+    """Where groups begin that go on from these prefixes, of which what is kept counts for the limits.
+
+    `first_rows`: None: each 0.
+    """
+    count = len(prefixes)
+    lengths = np.array([len(p) for p in prefixes], np.int32)
+    used = lengths - np.asarray(prompt_lengths, np.int32)
+    state, steps, step_tokens = np.zeros((3, count), np.int32)
+    answered = np.zeros(count, bool)
+    for n in np.flatnonzero(used).tolist():
+        progress = replay(
+            automaton,
+            prefixes[n][prompt_lengths[n] :],
+            max_step_tokens=stop.max_step_tokens or NO_LIMIT,
+        )
+        state[n], steps[n], step_tokens[n], answered[n] = progress
+    return Start(
+        prefix_lengths=lengths,
+        last_tokens=np.array([p[-1] for p in prefixes], np.int32),
+        ids=np.asarray(ids, np.int32),
+        first_rows=np.asarray([0] * count if first_rows is None else first_rows, np.int32),
+        progress=Progress(state, steps, step_tokens, answered),
+        used=used,
+        most=stop.max_response - used,
+        live=used < stop.max_response,
+    )
 
 
 def pad_start(start: Start, groups: int, places: np.ndarray) -> Start:

@@ -1,4 +1,4 @@
-"""What a sampling call returns, and the points in it that one can go back to."""
+"""What a sampling call returns, when its rows end, and the points in it that one can go back to."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxreset.models.decoder import Store
+
+NO_LIMIT = 2**30  # tokens or steps
 
 
 class StopReason(enum.IntEnum):
@@ -21,6 +23,22 @@ class StopReason(enum.IntEnum):
     STEPS = 4  # the most steps that a response may have
     BUDGET = 5  # too few tokens left for another step
     LENGTH = 6  # cut in the middle of a step
+
+
+@dataclass(frozen=True)
+class StopRules:
+    """When a response ends, besides at an end-of-sequence token or a stop string.
+
+    Attributes:
+      max_response: most tokens after the prompt, kept ones counted.
+      max_steps: most steps, kept ones counted.
+      max_step_tokens: a step ends at so many tokens; and where fewer than this many are left at the end
+        of a step, no other is begun. None: neither.
+    """
+
+    max_response: int
+    max_steps: int | None = None
+    max_step_tokens: int | None = None
 
 
 class Shape(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -21,17 +20,15 @@ from jaxreset.sampling.checks import (
     check_snapshots,
 )
 from jaxreset.sampling.decoding import Limits
-from jaxreset.sampling.drawing import Rows, Spent, Start, pad_start
+from jaxreset.sampling.drawing import Rows, Spent, make_start, pad_start
 from jaxreset.sampling.places import dealt, places_on, room_for
 from jaxreset.sampling.programs import Programs, cache_bytes
-from jaxreset.sampling.rounds import Held, Round, Shape, Snapshot, Stream
+from jaxreset.sampling.rounds import NO_LIMIT, Held, Round, Shape, Snapshot, StopRules, Stream
 from jaxreset.sampling.streams import deal, run_side_by_side
 from jaxreset.sampling.tokens import Draws
 from jaxreset.steps import (
-    Progress,
     StepAutomaton,
     build_automaton,
-    replay,
     split_steps,
     token_bytes,
 )
@@ -40,24 +37,7 @@ Tokens = Sequence[int] | np.ndarray
 
 HoldCache = Literal["auto", "always", "never"]
 
-NO_LIMIT = 2**30
 HELD_SHARE = 1 / 3  # of a device's memory that a round may hold on to with hold_cache="auto"
-
-
-@dataclass(frozen=True)
-class StopRules:
-    """When a response ends, besides at an end-of-sequence token or a stop string.
-
-    Attributes:
-      max_response: most tokens after the prompt, kept ones counted.
-      max_steps: most steps, kept ones counted.
-      max_step_tokens: a step ends at so many tokens; and where fewer than this many are left at the end
-        of a step, no other is begun. None: neither.
-    """
-
-    max_response: int
-    max_steps: int | None = None
-    max_step_tokens: int | None = None
 
 
 class Sampler:
@@ -340,7 +320,7 @@ class Sampler:
         `shards`: where each group must stand; None: they are dealt evenly.
         """
         programs, part = self._programs, self._programs.part(policy, shape)
-        starts = self._starts(prefixes, prompt_lengths, ids, first_rows)
+        starts = make_start(self.automaton, self.stop, prefixes, prompt_lengths, ids, first_rows)
 
         holds = self._holds(policy, shape)
         shard_of = dealt(len(prefixes), self.shards) if shards is None else np.asarray(shards)
@@ -383,36 +363,6 @@ class Sampler:
         if self.shapes is not None and shape not in {parent for parent, _ in self.forks}:
             return False
         return cache_bytes(policy.config, shape) <= self._most_held
-
-    def _starts(
-        self,
-        prefixes: list[np.ndarray],
-        prompt_lengths: Sequence[int],
-        ids: Sequence[int],
-        first_rows: Sequence[int] | None,
-    ) -> Start:
-        count = len(prefixes)
-        lengths = np.array([len(p) for p in prefixes], np.int32)
-        used = lengths - np.asarray(prompt_lengths, np.int32)
-        state, steps, step_tokens = np.zeros((3, count), np.int32)
-        answered = np.zeros(count, bool)
-        for n in np.flatnonzero(used).tolist():
-            progress = replay(
-                self.automaton,
-                prefixes[n][prompt_lengths[n] :],
-                max_step_tokens=self.stop.max_step_tokens or NO_LIMIT,
-            )
-            state[n], steps[n], step_tokens[n], answered[n] = progress
-        return Start(
-            prefix_lengths=lengths,
-            last_tokens=np.array([p[-1] for p in prefixes], np.int32),
-            ids=np.asarray(ids, np.int32),
-            first_rows=np.asarray([0] * count if first_rows is None else first_rows, np.int32),
-            progress=Progress(state, steps, step_tokens, answered),
-            used=used,
-            most=self.stop.max_response - used,
-            live=used < self.stop.max_response,
-        )
 
     def _draws(
         self, stream: Stream, temperature: float, top_p: float, top_k: int, max_new: int | None
