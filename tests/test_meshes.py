@@ -20,6 +20,7 @@ from jaxreset.models.policy import load_policy
 from jaxreset.parallel import check_sizes, make_mesh, param_shardings, rows_sharding
 from jaxreset.sampling import Sampler, Shape, Snapshot, StopRules, Stream
 from jaxreset.sampling.programs import Programs
+from jaxreset.training.compiles import compiles
 from jaxreset.training.update import LossForm, accumulate
 
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
@@ -39,13 +40,13 @@ def prompts():
     return [rng.integers(4, 28, rng.integers(2, 13)) for _ in range(8)]
 
 
-def make_sampler(automaton, mesh=None):
+def make_sampler(automaton, mesh=None, shapes=ROOM):
     return Sampler(
         automaton,
         StopRules(max_response=24, max_steps=6, max_step_tokens=9),
         eos_ids=(1,),
-        shapes=ROOM[:1],
-        forks=[ROOM],
+        shapes=shapes[:1],
+        forks=[shapes],
         mesh=mesh,
     )
 
@@ -141,6 +142,23 @@ def test_more_of_one_shard_than_there_is_room_for_are_prefilled(
     for name in ("tokens", "lengths", "reasons"):
         parts = np.concatenate([getattr(part, name) for part in apart])
         np.testing.assert_array_equal(getattr(together, name), parts)
+
+
+def test_groups_are_cut_where_there_are_more_shards(policy, automaton, prompts, hasty):
+    few, mesh = (Shape(4, 4, 12, 24), Shape(4, 2, 36, 24)), make_mesh(8, 1, 1)
+    alone, sampler = make_sampler(automaton, None, few), make_sampler(automaton, mesh, few)
+    params = jax.device_put(policy.params, param_shardings(mesh, policy.params))
+    spread = policy.with_params(params, policy.version)
+    sampler.compile(spread)
+    expected = alone.sample(policy, prompts[:3], rows=4, ids=[7, 0, 2], **DRAW)
+    resumed = alone.resume(policy, cuts_of(expected, [0, 2]), rows=2, **DRAW)
+    before = compiles()
+    drawn = sampler.sample(spread, prompts[:3], rows=4, ids=[7, 0, 2], **DRAW)
+    assert_rounds_equal(drawn, expected)
+    assert not drawn.held
+    branches = sampler.resume(spread, cuts_of(drawn, [0, 2]), rows=2, **DRAW)
+    assert_rounds_equal(branches, resumed)
+    assert compiles() == before
 
 
 def assert_rounds_equal(ours, theirs):

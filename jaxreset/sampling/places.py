@@ -5,6 +5,9 @@ dealt evenly; a group that goes on from a held round stands where its parent doe
 
     parents of 2 shards   [ a b . . | c d . . ]
     their resets          [ a b . . | d . . . ]
+
+Where there are more shards than groups, a group is cut: each part has some of its rows and a copy of its
+prefix. Such a round isn't held, since its resets would need prefixes from other shards.
 """
 
 from __future__ import annotations
@@ -12,6 +15,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+
+from jaxreset.sampling.rounds import Shape
+
+
+def cut_over(shape: Shape, shards: int) -> Shape:
+    """A round's sizes where every shard has equally many groups, or parts of one.
+
+    >>> [tuple(cut_over(Shape(groups, 4, 9, 9), 8))[:2] for groups in (9, 8, 4, 3, 1)]
+    [(16, 4), (8, 4), (8, 2), (16, 1), (8, 1)]
+    """
+    parts = next(
+        (n for n in range(1, shape.rows) if shape.rows % n == 0 and shape.groups * n >= shards),
+        shape.rows if shape.groups < shards else 1,
+    )
+    groups = -(-shape.groups * parts // shards) * shards
+    return shape._replace(groups=groups, rows=shape.rows // parts)
 
 
 def dealt(count: int, shards: int) -> np.ndarray:

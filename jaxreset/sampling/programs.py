@@ -29,6 +29,7 @@ from jaxreset.sampling.drawing import (
     idle_lanes,
 )
 from jaxreset.sampling.lanes import LaneCache, Moves, moves_of, page_rows
+from jaxreset.sampling.places import cut_over
 from jaxreset.sampling.rounds import Held, Pages, Shape, Snapshot
 from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes
 from jaxreset.sampling.stores import Moved
@@ -89,9 +90,9 @@ class Programs:
         return most if self._slots is None else max(min(most, self._slots // rows), 1)
 
     def part(self, policy: Policy, shape: Shape) -> Shape:
-        """Sizes of what one stream draws of a round; each shard takes equally many groups."""
+        """Sizes of what one stream draws of a round; see `places.cut_over`."""
         groups = -(-shape.groups // self.streams(policy, shape.rows))
-        return shape._replace(groups=-(-groups // self.shards) * self.shards)
+        return cut_over(shape._replace(groups=groups), self.shards)
 
     def prefill(
         self, policy: Policy, shape: Shape, prefixes: Sequence[np.ndarray], places: np.ndarray

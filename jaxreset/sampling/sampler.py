@@ -58,7 +58,8 @@ class Sampler:
       hold_cache: whether a round keeps its keys and values, so that `resume` gathers its prefixes.
         "never": it prefills them, once per group. "auto": rounds are held that one of `forks` goes back
         to and that take at most a third of the device's memory.
-      mesh: groups are split over it, and the weights along its axis `tensor`; None: one device.
+      mesh: groups are split over it, and the weights along its axis `tensor`; None: one device. With more
+        data shards than groups, a group's rows are split too, and its round isn't held.
     """
 
     def __init__(
@@ -171,8 +172,8 @@ class Sampler:
         shape = self._shape(prefixes, rows, self.shapes)
         prompt_lengths = [len(p) - k for p, k in zip(prefixes, kept, strict=True)]
 
-        def prefill(part: Shape, groups: slice, places: np.ndarray) -> Store:
-            return self._programs.prefill(policy, part, prefixes[groups], places)
+        def prefill(part: Shape, groups: np.ndarray, places: np.ndarray) -> Store:
+            return self._programs.prefill(policy, part, [prefixes[g] for g in groups], places)
 
         return self._draw(policy, shape, prefill, prefixes, prompt_lengths, ids, first_rows, draws)
 
@@ -221,14 +222,17 @@ class Sampler:
         shape = self._shape(prefixes, rows, children, shards)
         ids = [int(parent.ids[s.group]) for s in snapshots]
 
-        def continued(part: Shape, groups: slice, places: np.ndarray) -> Store:
+        def continued(part: Shape, groups: np.ndarray, places: np.ndarray) -> Store:
+            def of(items: Sequence[Any]) -> list[Any]:
+                return [items[g] for g in groups]
+
             if shards is None:
-                return self._programs.prefill(policy, part, prefixes[groups], places)
-            cache = self._programs.fork(parent.held, part, snapshots[groups], places)
+                return self._programs.prefill(policy, part, of(prefixes), places)
+            cache = self._programs.fork(parent.held, part, of(snapshots), places)
             if not asked:
                 return cache
             size = self.question_tokens
-            return self._programs.extend(policy, cache, kept[groups], asked[groups], places, size)
+            return self._programs.extend(policy, cache, of(kept), of(asked), places, size)
 
         return self._draw(
             policy, shape, continued, prefixes, prompt_lengths, ids, first_rows, draws, shards
@@ -307,7 +311,7 @@ class Sampler:
         self,
         policy: Policy,
         shape: Shape,
-        prepare: Callable[[Shape, slice, np.ndarray], Store],
+        prepare: Callable[[Shape, np.ndarray, np.ndarray], Store],
         prefixes: list[np.ndarray],
         prompt_lengths: Sequence[int],
         ids: Sequence[int],
@@ -315,23 +319,29 @@ class Sampler:
         draws: Draws,
         shards: Sequence[int] | None = None,
     ) -> Round:
-        """Draws all rows, in streams; `prepare` makes the prefix store of some of the groups.
+        """Draws all rows, in streams; `prepare` makes the prefix store of some of the groups, or of each of
+        their parts.
 
         `shards`: where each group must stand; None: they are dealt evenly.
         """
         programs, part = self._programs, self._programs.part(policy, shape)
         starts = make_start(self.automaton, self.stop, prefixes, prompt_lengths, ids, first_rows)
 
-        holds = self._holds(policy, shape)
-        shard_of = dealt(len(prefixes), self.shards) if shards is None else np.asarray(shards)
+        holds, cuts = self._holds(policy, shape), shape.rows // part.rows
 
         def stream(groups: range) -> tuple[Rows, Held | None, Spent]:
-            chosen = slice(groups.start, groups.stop)
-            places = places_on(shard_of[chosen], part.groups, self.shards)
-            start = pad_start(jax.tree.map(lambda x: x[chosen], starts), part.groups, places)
-            prefix = prepare(part, chosen, places)
+            members = np.repeat(groups, cuts)
+            shard_of = dealt(len(members), self.shards)
+            if shards is not None:
+                shard_of = np.asarray(shards)[members]
+            places = places_on(shard_of, part.groups, self.shards)
+            start = jax.tree.map(lambda x: x[members], starts)
+            first_rows = start.first_rows + np.tile(np.arange(cuts) * part.rows, len(groups))
+            start = pad_start(start._replace(first_rows=first_rows), part.groups, places)
+            prefix = prepare(part, members, places)
             rows, pages, spent = programs.draw(policy, part, prefix, start, draws, hold=holds)
-            rows = jax.tree.map(lambda x: x[places], rows)
+            whole = len(groups), shape.rows
+            rows = jax.tree.map(lambda x: x[places].reshape(*whole, *x.shape[2:]), rows)
             return rows, None if pages is None else Held(groups, places, prefix, pages), spent
 
         programs.layout(policy)  # once, before streams ask for it side by side
@@ -358,6 +368,8 @@ class Sampler:
 
     def _holds(self, policy: Policy, shape: Shape) -> bool:
         """Whether rounds of a shape keep their caches for `resume`."""
+        if self._programs.part(policy, shape).rows < shape.rows:
+            return False  # its groups are cut
         if self.hold_cache != "auto":
             return self.hold_cache == "always"
         if self.shapes is not None and shape not in {parent for parent, _ in self.forks}:

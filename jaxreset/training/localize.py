@@ -94,9 +94,9 @@ class PolicyLocalizer:
 
     def _calls(self, ends: Sequence[Snapshot]) -> list[Hashable]:
         """What one call resumes is of one round, and takes no more of a shard than there is room for."""
-        room, met = self.batch // self.sampler.shards, Counter[Hashable]()
-        calls: list[Hashable] = []
+        calls, met = list[Hashable](), Counter[Hashable]()
         for end in ends:
+            room = self.batch // (self.sampler.shards if end.round.held else 1)
             place = id(end.round), self.sampler.shard(end)
             calls.append((id(end.round), met[place] // room))
             met[place] += 1

@@ -275,15 +275,16 @@ def choose_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
     count = len(jax.devices() if devices is None else devices)
     data = config.mesh.data or max(count // (fsdp * tensor), 1)
-    # Groups are split over data and fsdp, each shard taking equally many.
+    # Groups are split over data and fsdp, each shard taking equally many, or an equal part of one.
     for name, groups in (
         ("train.prompts_per_step", config.train.prompts_per_step),
         ("eval.batch", config.eval.batch),
     ):
-        if groups % (data * fsdp):
+        shards = data * fsdp
+        if groups % shards and shards % groups:
             raise ConfigError(
-                f"{name} {groups} is not divisible by mesh.data {data} × mesh.fsdp {fsdp} = "
-                f"{data * fsdp} shards"
+                f"{name} {groups} is not divisible by mesh.data {data} × mesh.fsdp {fsdp} = {shards} "
+                f"shards, nor they by it"
             )
     return make_mesh(data, fsdp, tensor, devices)
 
