@@ -81,6 +81,15 @@ def test_questions_are_lettered_numbers_and_answers_their_sum(problem):
     assert TASK.prompt(problem) == problem.question + "\n"
 
 
+def test_too_few_questions_for_both_splits_are_refused():
+    task = ChainTask(min_terms=3, max_terms=3, modulus=2)
+    assert len(task.problems("train", 5)) == 5
+    with pytest.raises(
+        ValueError, match="none of the 8 questions is in the test split; allow more"
+    ):
+        task.problems("test", 5)
+
+
 def test_more_terms_than_letters_are_refused():
     with pytest.raises(ValueError, match="max_terms"):
         ChainTask(min_terms=10, max_terms=12)

@@ -22,9 +22,10 @@ what resets are for.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import chain, product
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +45,9 @@ class ChainProblems(Sequence[Problem]):
       size: how many.
       min_terms, max_terms: numbers added, drawn uniformly.
       modulus: of the numbers and the sum.
+
+    Raises:
+      ValueError: there are so few questions that none is in the split.
     """
 
     def __init__(
@@ -57,6 +61,14 @@ class ChainProblems(Sequence[Problem]):
     ):
         self.split, self.size = split, size
         self.min_terms, self.max_terms, self.modulus = min_terms, max_terms, modulus
+        counts = range(min_terms, max_terms + 1)
+        every = chain.from_iterable(product(range(modulus), repeat=n) for n in counts)
+        if not any(self._holds(_question(terms)) for terms in every):
+            raise ValueError(
+                f"min_terms={min_terms}, max_terms={max_terms}, modulus={modulus}: none of the "
+                f"{sum(modulus**n for n in counts)} questions is in the {split} split; allow more numbers "
+                "or a larger modulus"
+            )
 
     def __len__(self) -> int:
         return self.size
@@ -67,10 +79,16 @@ class ChainProblems(Sequence[Problem]):
         rng = np.random.default_rng((index, self.split == "test"))
         while True:
             terms = rng.integers(0, self.modulus, rng.integers(self.min_terms, self.max_terms + 1))
-            question = "".join(f"{letter}{n}" for letter, n in zip(LETTERS, terms, strict=False))
-            if (zlib.crc32(question.encode()) % 10 == 0) == (self.split == "test"):
+            if self._holds(question := _question(terms)):
                 answer = str(int(terms.sum()) % self.modulus)
                 return Problem(f"{self.split}:{index}", question, answer)
+
+    def _holds(self, question: str) -> bool:
+        return (zlib.crc32(question.encode()) % 10 == 0) == (self.split == "test")
+
+
+def _question(terms: Iterable[int]) -> str:
+    return "".join(f"{letter}{n}" for letter, n in zip(LETTERS, terms, strict=False))
 
 
 @dataclass(frozen=True)
