@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from jaxreset.errors import ConfigError
-from jaxreset.parallel import fetch, gather, own_share, put, rows_sharding
+from jaxreset.parallel import fetch, gather, own_share, processes, put, rows_sharding
 from jaxreset.parallel.mesh import make_mesh
 from jaxreset.parallel.processes import start
 
@@ -101,6 +102,41 @@ def test_two_processes_do_what_one_does_and_end_together(tmp_path):
         for key, value in line.items():
             np.testing.assert_allclose(value, other[key], rtol=1e-5, atol=1e-6, err_msg=key)
     assert len({line["compiles"] for line in ours}) == 1
+
+
+class Service:
+    """Of the job's key-value store, what another process has said; None: nothing."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def key_value_try_get(self, key):
+        if self.said is None:
+            raise jax.errors.JaxRuntimeError(f"NOT_FOUND: Config key {key} not found.")
+        return self.said
+
+
+def test_an_orderly_end_leaves_no_thread_that_watches_the_others(monkeypatch):
+    monkeypatch.setattr(processes, "_client", lambda: Service(None))
+    monkeypatch.setattr(processes, "WATCH_SECONDS", 0.01)
+    before = set(threading.enumerate())
+    with processes.ending_together():
+        [watch] = set(threading.enumerate()) - before
+        time.sleep(0.1)
+        assert watch.is_alive()  # another process that said nothing is still there
+    assert not watch.is_alive()
+
+
+def test_a_process_that_failed_ends_the_others_with_its_message(monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(processes, "_client", lambda: Service("process 1: RunError: it broke"))
+    monkeypatch.setattr(processes, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with processes.ending_together():
+        while not codes:
+            time.sleep(0.01)
+    assert codes[0] == 1
+    assert "error: ended by process 1: RunError: it broke" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ Item = TypeVar("Item")
 HEARTBEAT_SECONDS = 30  # without a sign of life after which a process counts as lost
 FAILURE = "jaxreset/failure"  # key of the coordination service: why a process has failed
 LEAST_GATHERED = 4096  # bytes; each size takes a program of its own
+WATCH_SECONDS = 1.0  # between looks at whether another process has failed
 # For the others to read why: the service may end with the process that failed.
 FAREWELL_SECONDS = 3.0
 
@@ -162,7 +163,9 @@ def ending_together() -> Iterator[None]:
     if client is None:
         yield
         return
-    threading.Thread(target=_watch, args=(client,), daemon=True).start()
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(client, ended), daemon=True)
+    watch.start()
     try:
         yield
     except BaseException as error:
@@ -179,20 +182,24 @@ def ending_together() -> Iterator[None]:
         client.key_value_set(FAILURE, reason, allow_overwrite=True)
         time.sleep(FAREWELL_SECONDS)
         os._exit(2 if isinstance(error, ConfigError) else 1)  # an orderly end waits for the others
+    finally:
+        # A thread that comes back from a call into JAX while Python ends aborts the process.
+        ended.set()
+        watch.join(FAREWELL_SECONDS)
 
 
-def _watch(client: Any) -> None:
+def _watch(client: Any, ended: threading.Event) -> None:
     """Ends this process when another one has said that it failed."""
-    reason = None
-    while reason is None:
+    while not ended.wait(WATCH_SECONDS):
         try:
-            reason = client.blocking_key_value_get(FAILURE, 10_000)
+            reason = client.key_value_try_get(FAILURE)
         except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                return  # the service has ended: the run has, or JAX says why
-    if not reason.startswith(f"process {jax.process_index()}:"):
-        _say(reason)
-        os._exit(1)
+            if "NOT_FOUND" in str(error):
+                continue
+            return  # the service has ended: the run has, or JAX says why
+        if not reason.startswith(f"process {jax.process_index()}:"):
+            _say(reason)
+            os._exit(1)
 
 
 def _say(reason: str) -> None:
