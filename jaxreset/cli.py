@@ -103,10 +103,10 @@ def evaluate(
 @app.command()
 def plan(
     config: ConfigPath,
-    overrides: Overrides = None,
     topology: Annotated[
         str, typer.Option(help="Devices to plan for, such as v5e:16x16, v6e:8x8 or cpu:8.")
-    ] = ...,  # type: ignore[assignment]
+    ],
+    overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     largest: Annotated[
         bool, typer.Option("--largest", help="Also find the most rows that decode at once.")

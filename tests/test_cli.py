@@ -81,6 +81,7 @@ def jaxreset(model, monkeypatch, capsys):
         ("train", ["CONFIG", "KEY=VALUE", "--dry-run"]),
         ("eval", ["CONFIG", "KEY=VALUE", "--json"]),
         ("export", ["CONFIG", "OUTPUT", "KEY=VALUE"]),
+        ("plan", ["CONFIG", "KEY=VALUE", "--topology", "--json", "--largest"]),
     ],
 )
 def test_help_lists_typed_arguments(command, arguments):

@@ -23,6 +23,8 @@ from jaxreset.training.footprint import (
 )
 
 RANK = 64  # of the adapters that are advised
+# What more devices of the same kind would share.
+SPLIT_FURTHER = "trained parameters", "frozen parameters", "optimizer", "gradients", "caches"
 
 
 class Advice(NamedTuple):
@@ -64,20 +66,27 @@ def advise(
     for name, phase in planned.items():
         if phase.over <= 0 and not _refused(name, programs):
             continue
-        found = []
-        for changes in _changes(case, name):
+
+        def of(
+            changes: Mapping[str, Any], name: str = name, phase: Phase = phase
+        ) -> tuple[Advice, Mapping[str, Any]]:
             saves = _saved(case, name, phase, programs, changes)
-            if saves is None or saves > 0:
-                text = " ".join(f"{key}={value}" for key, value in changes.items())
-                found.append(Advice(name, text, saves, bool(saves and saves >= phase.over)))
-        yield from sorted(found, key=lambda a: -(a.saves or 0))
+            text = " ".join(f"{key}={value}" for key, value in changes.items())
+            return Advice(name, text, saves, saves is not None and saves >= phase.over), changes
+
+        found = [advice for advice in map(of, _changes(case, name)) if advice[0].saves != 0]
+        found.sort(key=lambda pair: -(pair[0].saves or 0))
+        yield from (advice for advice, _ in found)
+        if len(found) > 1 and not any(advice.enough for advice, _ in found):
+            together: dict[str, Any] = {}
+            for _, changes in found:
+                if not changes.keys() & together.keys():
+                    together |= changes
+            yield of(together)[0]
         resident = sum(size for part, size in phase.parts.items() if part in SPLIT_FURTHER)
         if (room := case.slice.memory - phase.total + resident) > 0:
             devices = math.ceil(len(case.slice.devices) * resident / room)
             yield Advice(name, f"a slice of about {devices} devices", phase.over, True)
-
-
-SPLIT_FURTHER = "trained parameters", "frozen parameters", "optimizer", "gradients", "caches"
 
 
 def _refused(name: str, programs: Sequence[Program]) -> bool:
@@ -122,7 +131,8 @@ def _saved(
     programs: Sequence[Program],
     changes: Mapping[str, Any],
 ) -> int | None:
-    """Bytes, with temporaries scaled by the tokens of a device; 0 where the change is refused."""
+    """Bytes, with temporaries scaled by the tokens of a device: 0 where the change is refused or saves
+    nothing, None where only compiling tells."""
     if "train.remat" in changes:
         return None
     try:
@@ -133,7 +143,7 @@ def _saved(
     kept, temporary = after.total, phase.parts["temporary"]
     if name == "update":
         kept -= int(temporary * (1 - _tokens(other) / _tokens(case)))
-    return phase.total - kept
+    return max(phase.total - kept, 0)
 
 
 def overridden(config: Config, changes: Mapping[str, Any]) -> Config:

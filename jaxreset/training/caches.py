@@ -13,12 +13,17 @@ from jaxreset.training.ahead import Subject, device_bytes_of, own_store, prefix_
 from jaxreset.training.setup import Plan
 
 
-def rounds(plan: Plan) -> dict[Shape, str]:
+def asked(subject: Subject, plan: Plan) -> Shape | None:
+    """The round in which the localiser answers, where it generates."""
+    return None if subject.config.reset.localizer.mode == "score" else plan.localize
+
+
+def rounds(subject: Subject, plan: Plan) -> dict[Shape, str]:
     """The rounds of a step and of an evaluation, by their shapes."""
     named = dict.fromkeys(plan.base, "sample")
     named |= {child: "resume" for _, child in plan.forks}
-    if plan.localize is not None:
-        named.setdefault(plan.localize, "localize")
+    if (answers := asked(subject, plan)) is not None:
+        named.setdefault(answers, "localize")
     named.setdefault(plan.evaluate, "evaluate")
     return named
 
@@ -55,8 +60,8 @@ def _moments(subject: Subject, plan: Plan, kept: list[Shape]) -> Iterator[int]:
     for shape in plan.base:
         yield before + drawing_bytes(subject, shape, hold=shape in kept)
         before += _round_bytes(subject, shape) if shape in kept else 0
-    if plan.localize is not None:
-        yield before + drawing_bytes(subject, plan.localize, hold=False)
+    if (answers := asked(subject, plan)) is not None:
+        yield before + drawing_bytes(subject, answers, hold=False)
     for child in dict.fromkeys(child for _, child in plan.forks):
         drawn = drawing_bytes(subject, child, hold=child in kept)
         # A later rung goes back into the one before it.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 from jax.stages import Compiled
 
 from jaxreset.config import Config
@@ -61,7 +62,7 @@ class Program:
       arguments, result, temporary: bytes; the result without what takes an argument's place.
       refused: the compiler's words, where it refused it for its memory: then the last are unknown, and
         `temporary` is what the compiler says that it needs in all.
-      traffic: what it sends between devices.
+      traffic: what it sends between devices; None where the compiler's text can't be read.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Program:
     result: int = 0
     temporary: int = 0
     refused: str | None = None
-    traffic: tuple[Traffic, ...] = ()
+    traffic: tuple[Traffic, ...] | None = ()
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,14 @@ class Case:
         gathered = {child for parent, child in self.plan.forks if parent in kept}
         if kept and self.config.reset.localizer.mode == "inline" and self.plan.localize is not None:
             gathered.add(self.plan.localize)
-        return [shape for shape in caches.rounds(self.plan) if shape not in gathered]
+        named = caches.rounds(self.subject, self.plan)
+        return [shape for shape in named if shape not in gathered]
 
     @property
     def lanes(self) -> LaneShape:
         """Of all rounds' lanes, those that hold most."""
-        widest = [caches.widest_lanes(self.subject, s) for s in caches.rounds(self.plan)]
+        named = caches.rounds(self.subject, self.plan)
+        widest = [caches.widest_lanes(self.subject, shape) for shape in named]
         return max(widest, key=caches.slots_of)
 
     @property
@@ -225,9 +228,13 @@ def _memory(program: Compiled) -> tuple[int, int, int]:
     return m.argument_size_in_bytes, max(result, 0), m.temp_size_in_bytes
 
 
-def _traffic(program: Compiled) -> tuple[Traffic, ...]:
+def _traffic(program: Compiled) -> tuple[Traffic, ...] | None:
     found: defaultdict[tuple[str, bool], list[Collective]] = defaultdict(list)
-    for one in collectives(program.as_text() or ""):
+    try:
+        text = program.as_text() or ""
+    except jax.errors.JaxRuntimeError:  # of a compiler newer than jax, some instructions
+        return None
+    for one in collectives(text):
         found[one.kind, one.looping].append(one)
     traffic = []
     for (kind, looping), all_of in sorted(found.items()):

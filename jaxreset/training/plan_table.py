@@ -20,7 +20,7 @@ def show(report: Report, console: Console) -> None:
     )
     console.print(_memory(report))
     console.print(_programs(report))
-    if any(program.traffic for program in r.programs):
+    if any(program.traffic != () for program in r.programs):
         console.print(_traffic(report))
     work = ", ".join(f"{name} {count:.2e}" for name, count in r.flops.items())
     console.print(f"FLOPs of a step at its limits, on all devices: {work}", highlight=False)
@@ -59,7 +59,9 @@ def _traffic(report: Report) -> Table:
     for column in ("program", "for", "kind", "count", "bytes", "largest", "of shape"):
         table.add_column(column, justify="right" if column in ("count", "bytes") else "left")
     for program in report.programs:
-        for t in program.traffic:
+        if program.traffic is None:
+            table.add_row(program.name, "", "this jax can't read the compiled text")
+        for t in program.traffic or ():
             each = "a token" if t.looping and program.name == "decode" else "a run"
             shape = "[" + ", ".join(map(str, t.shape)) + "]"
             numbers = f"{t.times:,}", size_text(t.bytes), size_text(t.largest)

@@ -57,7 +57,8 @@ class Report:
             name: {**asdict(phase), "total": phase.total} for name, phase in self.phases.items()
         }
         programs = [
-            {**asdict(p), "traffic": [t._asdict() for t in p.traffic]} for p in self.programs
+            {**asdict(p), "traffic": p.traffic and [t._asdict() for t in p.traffic]}
+            for p in self.programs
         ]
         changed = {
             "phases": phases,
@@ -112,7 +113,7 @@ def _step_flops(case: Case) -> dict[str, float]:
     """Of each part of a step at its limits, on all devices."""
     model, shapes, objective = case.subject.model, case.plan, case.config.make_objective()
     made = {"prefill": 0.0, "decode": 0.0}
-    for shape, name in caches.rounds(shapes).items():
+    for shape, name in caches.rounds(case.subject, shapes).items():
         if name == "evaluate":
             continue
         times = objective.rungs if name == "resume" else 1
