@@ -195,6 +195,24 @@ def test_caches_are_those_of_the_rounds_that_are_held_and_the_one_that_is_drawn(
     assert caches.most_bytes(few.subject, few.plan, GIB) == slot * paged
 
 
+def test_groups_that_are_cut_keep_their_prefix_in_each_part():
+    """Four prompts of eight rollouts on eight data shards: each is cut in two."""
+    case, whole = (
+        make_case(small_config("objective=grpo", f"train.prompts_per_step={n}"), slice_in(GIB))
+        for n in (4, 8)
+    )
+    assert caches.cuts(case.subject, case.plan) == {"sample": 2}
+    assert caches.cuts(whole.subject, whole.plan) == {}
+    (shape,), (other,) = case.plan.base, whole.plan.base
+    assert caches.laid_out(case.subject, shape) == (8, 4, *shape[2:])
+    slot = 2 * 4 * case.subject.model.kv_heads * case.subject.model.head_dim  # bytes, of one layer
+    drawn, apart = (
+        caches.drawing_bytes(c.subject, round_, hold=False)
+        for c, round_ in ((case, shape), (whole, other))
+    )
+    assert apart - drawn == 4 * slot * shape.suffix  # half of the rows, but no less of the prefix
+
+
 def test_what_is_resident_is_a_devices_part_of_it():
     case = make_case(
         small_config("mesh.fsdp=2", "mesh.tensor=2", "model.dtype=bfloat16", "model.lora.rank=2"),

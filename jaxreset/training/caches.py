@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jaxreset.parallel import data_shards
+from jaxreset.sampling.places import cut_over
 from jaxreset.sampling.programs import CPU_SLOTS, cache_bytes
 from jaxreset.sampling.rounds import Shape
 from jaxreset.sampling.sampler import HELD_SHARE
@@ -28,6 +29,20 @@ def rounds(subject: Subject, plan: Plan) -> dict[Shape, str]:
     return named
 
 
+def laid_out(subject: Subject, shape: Shape) -> Shape:
+    """A round's sizes as it is drawn: every shard has equally many groups, or parts of one."""
+    return cut_over(shape, data_shards(subject.mesh))
+
+
+def cuts(subject: Subject, plan: Plan) -> dict[str, int]:
+    """Into how many parts the groups of a round are cut, of those whose are: each has the whole prefix."""
+    parts = {
+        name: shape.rows // laid_out(subject, shape).rows
+        for shape, name in rounds(subject, plan).items()
+    }
+    return {name: count for name, count in parts.items() if count > 1}
+
+
 def widest_lanes(subject: Subject, shape: Shape) -> LaneShape:
     """Of the lanes that a round is decoded in, those that hold most."""
     return max(_lanes(subject, shape), key=slots_of)
@@ -40,7 +55,11 @@ def slots_of(lanes: LaneShape) -> int:
 
 def held(subject: Subject, plan: Plan, memory: int) -> list[Shape]:
     """Rounds that keep their caches for resets, as `sampling.Sampler` decides it."""
-    parents = list(dict.fromkeys(parent for parent, _ in plan.forks))
+    parents = [
+        parent
+        for parent in dict.fromkeys(parent for parent, _ in plan.forks)
+        if laid_out(subject, parent).rows == parent.rows  # cut ones aren't held
+    ]
     setting = subject.config.sampling.hold_cache
     if setting != "auto":
         return parents if setting == "always" else []
@@ -72,7 +91,7 @@ def _moments(subject: Subject, plan: Plan, kept: list[Shape]) -> Iterator[int]:
 def drawing_bytes(subject: Subject, shape: Shape, *, hold: bool) -> int:
     """Bytes while a round is drawn: its prefixes, its rows on pages, and the lanes beside them."""
     lanes = _lanes(subject, shape)
-    n, k, p, s = _padded(subject, shape)
+    n, k, p, s = laid_out(subject, shape)
     if lanes[0][:2] != (n, k):
         # Rows that wait in the middle have filled half a window at most.
         paged = _round_bytes(subject, Shape(n, k, p, s if hold else -(-s // 2)))
@@ -91,17 +110,11 @@ def _lanes(subject: Subject, shape: Shape) -> list[LaneShape]:
     if slots is None and subject.on_cpu:
         slots = CPU_SLOTS
     shards = data_shards(subject.mesh)
-    return lane_shapes(*_padded(subject, shape), slots=slots, shards=shards)
-
-
-def _padded(subject: Subject, shape: Shape) -> Shape:
-    """Each shard takes equally many groups."""
-    shards = data_shards(subject.mesh)
-    return shape._replace(groups=-(-shape.groups // shards) * shards)
+    return lane_shapes(*laid_out(subject, shape), slots=slots, shards=shards)
 
 
 def _round_bytes(subject: Subject, shape: Shape) -> int:
-    n, k, p, s = _padded(subject, shape)
+    n, k, p, s = laid_out(subject, shape)
     return device_bytes_of(prefix_store(subject, n, p), own_store(subject, n, k, s))
 
 

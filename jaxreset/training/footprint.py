@@ -143,12 +143,13 @@ def make_case(config: Config, target: Slice) -> Case:
 def compiled(case: Case, say: Say) -> Iterator[Program]:
     """Each kind of program in its largest size; the update, which takes longest, comes last."""
     subject, shapes = case.subject, case.plan
-    longest = max(case.prefilled, key=lambda s: s.groups * s.prefix)
+    drawn = [caches.laid_out(subject, shape) for shape in case.prefilled]
+    longest = max(drawn, key=lambda s: s.groups * s.prefix)
     yield compile_program("prefill", longest[::2], ahead.prefill(subject, longest), say)
     yield compile_program("decode", case.lanes, ahead.decode(subject, case.lanes), say)
     kept = caches.held(subject, shapes, case.slice.memory)
     if forks := [(parent, child) for parent, child in shapes.forks if parent in kept]:
-        parent, child = max(forks)
+        parent, child = (caches.laid_out(subject, shape) for shape in max(forks))
         yield compile_program("fork", child[::2], ahead.fork(subject, parent, child), say)
     yield compile_program("apply", (), ahead.apply_gradients(subject), say)
     call = ahead.accumulate_microbatch(subject, case.pack)

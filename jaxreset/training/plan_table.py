@@ -24,6 +24,12 @@ def show(report: Report, console: Console) -> None:
         console.print(_traffic(report))
     work = ", ".join(f"{name} {count:.2e}" for name, count in r.flops.items())
     console.print(f"FLOPs of a step at its limits, on all devices: {work}", highlight=False)
+    for name, parts in r.cuts.items():
+        console.print(
+            f"{name}: fewer groups than data shards, so each is cut in {parts} parts, all of which prefill"
+            " and keep its prefix; resets of it are prefilled too",
+            highlight=False,
+        )
     for program in r.programs:
         if program.refused:
             console.print(f"{program.name}: {program.refused}", highlight=False, markup=False)

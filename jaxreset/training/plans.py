@@ -29,6 +29,8 @@ class Report:
       phases: "sampling" and "update".
       programs: compiled.
       flops: of a step at its limits on all devices: every response as long as it may be.
+      cuts: of rounds with fewer groups than there are data shards, into how many parts each group is cut.
+        Each part prefills and keeps the whole prefix, and resets of it are prefilled too.
       advice: where it doesn't fit, changes that help.
       largest: where it was asked for.
     """
@@ -42,6 +44,7 @@ class Report:
     phases: dict[str, Phase]
     programs: tuple[Program, ...]
     flops: dict[str, float]
+    cuts: dict[str, int]
     advice: tuple[Advice, ...] = ()
     largest: Largest | None = None
 
@@ -101,6 +104,7 @@ def plan(
         phases=phases(case, programs),
         programs=programs,
         flops=_step_flops(case),
+        cuts=caches.cuts(case.subject, case.plan),
     )
     if not report.fits:
         report = replace(report, advice=tuple(advise(case, report.phases, programs)))
@@ -118,7 +122,8 @@ def _step_flops(case: Case) -> dict[str, float]:
             continue
         times = objective.rungs if name == "resume" else 1
         if shape in case.prefilled:
-            made["prefill"] += times * shape.groups * flops.prefill_flops(model, shape.prefix)
+            prefixes = caches.laid_out(case.subject, shape).groups
+            made["prefill"] += times * prefixes * flops.prefill_flops(model, shape.prefix)
         rows = times * shape.groups * shape.rows
         made["decode"] += rows * flops.decode_flops(model, shape.prefix, shape.suffix)
     s, remat = case.config.sampling, case.config.train.remat
