@@ -18,6 +18,10 @@ end() {
   code=$?
   [ "$code" = 0 ] || tail -n 20 "$tmp"/*.log "$tmp"/*.out >&2 || true
   scancel --user=root >/dev/null 2>&1 || true
+  for _ in $(seq 40); do # the daemons go after the jobs, which end by SIGTERM too
+    [ -n "$(squeue --noheader 2>/dev/null)" ] || break
+    sleep 1
+  done
   for ((i = ${#started[@]} - 1; i >= 0; i--)); do kill "${started[i]}" 2>/dev/null || true; done
   wait
   rm -rf "$tmp"
