@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxreset.errors import PREEMPTED
+
 ROOT = Path(__file__).parent.parent
 CONFIG = """
     model.fresh.layers=2 model.fresh.width=32 model.fresh.heads=2 model.fresh.kv_heads=2
@@ -42,7 +44,6 @@ CONFIG = """
 EXEMPT = ("time/", "seconds", "compiles")  # of the metrics: they are the clock's
 WRITING = "writing a checkpoint"
 PARTS = ("sampling", "verifying", "updating", WRITING, "any moment")
-PREEMPTED = 75
 VERIFYING_SECONDS = 0.02  # a chain is checked too fast to be hit
 START_SECONDS = 10.0  # importing, compiling or reading programs, restoring
 MOST_SECONDS = {"sampling": 0.05, "verifying": VERIFYING_SECONDS, "updating": 0.05, WRITING: 0.08}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from model_helpers import random_policy
 from transformers import AutoTokenizer
 
@@ -60,6 +61,24 @@ def _forget_programs(most_maps: int) -> None:
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > most_maps:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compiled_in_haste(tmp_path_factory):
+    """Whole runs compile longest: it is done without most optimizations, and kept between them."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.3,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
 
 
 @pytest.fixture

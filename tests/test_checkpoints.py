@@ -17,7 +17,14 @@ from model_helpers import assert_same_params
 
 from jaxreset.config import Checkpoint
 from jaxreset.errors import RunError
-from jaxreset.training.checkpoints import Checkpoints, Progress, abstract, saved_steps
+from jaxreset.training.checkpoints import (
+    Checkpoints,
+    Progress,
+    abstract,
+    load_params,
+    save_params,
+    saved_steps,
+)
 from jaxreset.training.checksums import checksums
 from jaxreset.training.update import TrainState
 
@@ -197,6 +204,16 @@ def test_where_all_are_damaged_nothing_starts_anew(tmp_path):
     assert saved_steps(tmp_path) == [1, 2]
     with pytest.raises(FileNotFoundError):
         Checkpoints(tmp_path / "none", Checkpoint()).restore(state)
+
+
+def test_parameters_beside_the_checkpoints_are_checked_too(tmp_path):
+    params = make_state().params
+    save_params(tmp_path / "start", params)
+    save_params(tmp_path / "start", params)  # a run that was killed before its first checkpoint
+    assert_same_params(load_params(tmp_path / "start", params), params)
+    flip_a_bit(tmp_path / "start")
+    with pytest.raises(RunError, match=r"start are damaged \(other bits than were saved: "):
+        load_params(tmp_path / "start", params)
 
 
 def test_what_a_kill_left_is_cleaned_up(tmp_path, caplog):

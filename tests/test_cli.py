@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,15 +37,13 @@ def even_length(task, items):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def scripted():
+def scripted(compiled_in_haste):
     """Rewards as in test_run, on one device."""
     one = jax.devices()[:1]
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: one)
         patch.setattr(ChainTask, "score", even_length)
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +115,14 @@ def test_a_dry_run_prints_shapes_and_memory_and_does_nothing(jaxreset, model, tm
     assert "100,000 to train on, 4 held out, 0 dropped" in shown
 
 
-def test_a_run_shows_its_table_and_traces_the_chosen_step(jaxreset, tmp_path):
-    overrides = ("objective=grpo", f"run.dir={tmp_path}", "run.profile_steps=[2]", "train.steps=2")
-    shown = jaxreset("train", *overrides)
+def test_a_run_shows_its_table_and_traces_the_chosen_step(model, tmp_path, monkeypatch):
+    """In a process of its own: where the TPU's compiler has been loaded, the profiler crashes."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    settings = [*TINY.split(), f"model.path={model}", f"run.dir={tmp_path}", "objective=grpo"]
+    chosen = "run.profile_steps=[2]", "train.steps=2"
+    command = [sys.executable, "-m", "jaxreset", "train", str(QUICKSTART), *settings, *chosen]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "training 2/2  reward 0." in shown
     assert re.search(r"tokens/s", shown)
     assert "accuracy on held-out problems" in shown

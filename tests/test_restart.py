@@ -19,7 +19,8 @@ from jaxreset.training.compiles import kept_programs
 from jaxreset.training.preemption import noticing_preemption
 from jaxreset.training.run_folder import RunFolder
 
-QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+ROOT = Path(__file__).parent.parent
+QUICKSTART, BENCHMARKS = ROOT / "configs" / "quickstart.yaml", ROOT / "benchmarks"
 
 
 def test_sigterm_is_noticed_once():
@@ -90,6 +91,27 @@ def test_where_programs_are_kept(tmp_path):
     assert folder_of(tmp_path, "run.compile_cache=false").compile_cache is None
     shared = folder_of(tmp_path, f"run.compile_cache={tmp_path}/shared").compile_cache
     assert shared == tmp_path / "shared"
+
+
+# Entropy takes the place of the warm start: without either a policy this small would learn nothing.
+SHORT = """
+    objective=rrpo model.fresh.layers=1 warm_start.steps=0 loss.entropy_bonus=0.1 train.min_signal_groups=0
+"""
+
+
+def test_a_run_killed_twice_and_ended_once_is_the_run_that_was_not(monkeypatch, capsys):
+    """The short form of `benchmarks/kill_and_resume.py`, with programs compiled in haste."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    from kill_and_resume import main
+
+    assert main(["--series", "kkt", "--steps", "6", *SHORT.split()]) == 0
+    shown = capsys.readouterr().out
+    assert "never interrupted" in shown
+    assert ", 6 optimizer steps" in shown
+    assert shown.count("(exit code -9)") == 2
+    assert shown.count("(exit code 75)") == 1
+    assert "kkt: the same bits, metrics and rollouts" in shown
 
 
 def test_one_process_writes_the_run_folder(tmp_path, monkeypatch):

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from model_helpers import assert_same_params
 
 from jaxreset import cli
@@ -52,25 +51,13 @@ def even_length(task, items):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def scripted(tmp_path_factory):
-    """The scripted reward, on one device. Compiling takes longest: it is done in haste, and kept."""
+def scripted(compiled_in_haste):
+    """The scripted reward, on one device."""
     one = jax.devices()[:1]
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.3,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    reset_cache()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: one)
         patch.setattr(ChainTask, "score", even_length)
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    reset_cache()
 
 
 def tiny(folder, *overrides):

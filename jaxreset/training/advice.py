@@ -181,17 +181,18 @@ def largest_slots(case: Case, programs: Sequence[Program], say: Say) -> Largest 
             other = make_case(overridden(case.config, _with_batches(case, changes)), case.slice)
         except ConfigError:
             return -1
-        call = ahead.decode(other.subject, other.lanes)
-        drawn = compile_program("decode", other.lanes, call, say)
-        if drawn.refused:
-            return -1
-        others = [p for p in programs if p.name not in ("decode", "prefill", "fork")]
-        scaled = [
+        others = [p for p in programs if p.name in ("accumulate", "apply")]
+        others += [
             replace(p, temporary=int(p.temporary * max(groups * shards / prompts, 1)))
             for p in programs
             if p.name in ("prefill", "fork")
         ]
-        return -phases(other, [*others, *scaled, drawn])["sampling"].over
+        if phases(other, others)["sampling"].over > 0:
+            return -1  # whatever decoding needs
+        known = [p for p in programs if p.name == "decode" and p.sizes == tuple(other.lanes)]
+        call = ahead.decode(other.subject, other.lanes)
+        drawn = known[0] if known else compile_program("decode", other.lanes, call, say)
+        return -1 if drawn.refused else -phases(other, [*others, drawn])["sampling"].over
 
     most, beyond, left = 0, max(case.config.train.prompts_per_step // shards, 1), 0
     while (room := free(beyond)) >= 0:

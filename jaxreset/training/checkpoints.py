@@ -24,6 +24,7 @@ from jaxreset.training.update import TrainState
 logger = logging.getLogger(__name__)
 
 ACCURACY = "eval/accuracy"  # what the best checkpoints are kept by
+PARAMS = {"step": 0}  # stands where a checkpoint has its progress
 
 
 class Progress(NamedTuple):
@@ -91,16 +92,11 @@ class Checkpoints:
         self.wait()
         if progress.step == self._last:
             return
-        record = progress._asdict()
         accuracy = (metrics or {}).get(ACCURACY)
         try:
             saving = self._opened().save_checkpointables_async(
                 progress.step,
-                {
-                    "state": _named(state),
-                    "progress": record,
-                    "checksums": _sums(_named(state), record),
-                },
+                _with_sums(state, progress._asdict()),
                 force=True,
                 metrics=None if accuracy is None else {ACCURACY: accuracy},
             )
@@ -143,10 +139,7 @@ class Checkpoints:
         """
         damaged = {}
         for step in reversed(saved_steps(self.path)):
-            loaded, reason = self._load(step, like)
-            reason = _first(reason)  # one process may read what another can't
-            if reason is None:
-                reason = _first(_differing(loaded))
+            loaded, reason = _load(self.path / str(step), like, Progress()._asdict())
             if reason is not None:
                 damaged[step] = reason
                 continue
@@ -155,29 +148,13 @@ class Checkpoints:
             if set_aside:
                 self._set_aside(list(damaged))
             self._last = step
-            leaves = [loaded["state"][name] for name in _named(like)]
-            state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-            return state, Progress(**loaded["progress"])
+            return _unnamed(loaded["state"], like), Progress(**loaded["progress"])
         if not damaged:
             raise FileNotFoundError(f"no checkpoint in {self.path}")
         raise RunError(
             f"{self._tell(damaged)}. There is no other to go back to: bring one back from a backup, or "
             "start anew with another run.dir"
         )
-
-    def _load(self, step: int, like: TrainState) -> tuple[dict[str, Any], str | None]:
-        """What is in a checkpoint, unchecked; or why it can't be read."""
-        targets = _named(abstract(like))
-        wanted = {
-            "state": targets,
-            "progress": Progress()._asdict(),
-            "checksums": np.zeros(len(targets) + 1, np.uint32),
-        }
-        try:
-            with _alone():
-                return ocp.load_checkpointables(self.path / str(step), wanted), None
-        except Exception as error:  # anything may be raised by bytes that are anything
-            return {}, _reason(error)
 
     def _opened(self) -> ocp.training.Checkpointer:
         """Orbax's, which removes what a kill left half-written."""
@@ -262,10 +239,32 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line}"
 
 
+def _with_sums(state: Any, record: dict[str, Any]) -> dict[str, Any]:
+    """What is saved: arrays, the record beside them, and checksums that tell of damage."""
+    named = _named(state)
+    return {"state": named, "progress": record, "checksums": _sums(named, record)}
+
+
 def _sums(state: dict[str, Any], record: dict[str, Any]) -> np.ndarray:
-    """Checksums of the arrays in their names' order, and of the progress: uint32 `[arrays + 1]`."""
+    """Checksums of the arrays in their names' order, and of the record: uint32 `[arrays + 1]`."""
     of_record = zlib.crc32(json.dumps(record, sort_keys=True).encode())
     return np.append(fetch(checksums(state)), np.uint32(of_record))
+
+
+def _load(path: Path, like: Any, record: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """What was saved in `path`, laid out as `like` and `record` are; or what is wrong with it."""
+    targets = _named(abstract(like))
+    sums = np.zeros(len(targets) + 1, np.uint32)
+    loaded, reason = {}, None
+    try:
+        with _alone():
+            wanted = {"state": targets, "progress": record, "checksums": sums}
+            loaded = ocp.load_checkpointables(path, wanted)
+    except Exception as error:  # anything may be raised by bytes that are anything
+        reason = _reason(error)
+    if (reason := _first(reason)) is not None:  # one process may read what another can't
+        return {}, reason
+    return loaded, _first(_differing(loaded))
 
 
 def _differing(loaded: dict[str, Any]) -> str | None:
@@ -283,13 +282,22 @@ def _first(reason: str | None) -> str | None:
 
 def save_params(path: Path, params: Any) -> None:
     """Saves parameters once, in place of what a killed run left there."""
-    ocp.save(path, _named(params), overwrite=True)
+    ocp.save_checkpointables(path, _with_sums(params, PARAMS), overwrite=True)
 
 
 def load_params(path: Path, like: Any) -> Any:
-    """What `save_params` saved, laid out as `like` is."""
-    loaded = ocp.load(path, _named(abstract(like)))
-    return jax.tree.unflatten(jax.tree.structure(like), [loaded[name] for name in _named(like)])
+    """What `save_params` saved, laid out as `like` is.
+
+    Raises:
+      RunError: it is damaged.
+    """
+    loaded, reason = _load(path, like, PARAMS)
+    if reason is not None:
+        raise RunError(
+            f"the parameters in {path} are damaged ({reason}), and the run can't go on without them: "
+            "bring them back from a backup, or start anew with another run.dir"
+        )
+    return _unnamed(loaded["state"], like)
 
 
 def abstract(tree: Any) -> Any:
@@ -301,3 +309,8 @@ def _named(tree: Any) -> dict[str, Any]:
     """Leaves by their path, so that a checkpoint can be read without our classes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _unnamed(named: dict[str, Any], like: Any) -> Any:
+    """The other way round."""
+    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in _named(like)])
