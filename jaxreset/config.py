@@ -263,6 +263,14 @@ class Run(Section):
     tensorboard: bool = False
     wandb_project: str | None = None
 
+    @model_validator(mode="after")
+    def _on_a_filesystem(self) -> Run:
+        if "://" in self.dir:
+            raise ValueError(
+                f"dir {self.dir}: expected a path; mount the bucket and name its folder"
+            )
+        return self
+
 
 class Mesh(Section):
     """Devices along each axis; the product must be the number of devices."""

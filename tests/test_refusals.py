@@ -224,6 +224,7 @@ REFUSED = [
     math("model.path=./words", "delimiter", "'</thought>'"),
     # the run folder
     chain("run.dir=a-file/run", "run.dir", "a-file/run can't be written", "name another folder"),
+    chain("run.dir=gs://bucket/run", "run: dir gs://bucket/run", "mount the bucket"),
     chain("run.dir=.", "run.dir", "a config.yaml that isn't a run's", "name another folder"),
     chain("run.dir=taken", "run.dir", "seed: 5 there, 0 asked", "name another run.dir"),
 ]

@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from jaxreset.config_file import load_config
-from jaxreset.errors import PreemptedError
+from jaxreset.errors import ConfigError, PreemptedError
 from jaxreset.training import compiles, run_folder
 from jaxreset.training.compiles import kept_programs
 from jaxreset.training.preemption import noticing_preemption
@@ -112,6 +112,20 @@ def test_a_run_killed_twice_and_ended_once_is_the_run_that_was_not(monkeypatch, 
     assert shown.count("(exit code -9)") == 2
     assert shown.count("(exit code 75)") == 1
     assert "kkt: the same bits, metrics and rollouts" in shown
+
+
+def test_a_run_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path / "run")
+    folder.check_writable()
+    folder.check_shared()
+    assert not list(folder.path.glob(".shared*"))
+
+    def two(items):  # of which the other sees nothing
+        return [items[0], False] if isinstance(items[0], bool) else items * 2
+
+    monkeypatch.setattr(run_folder, "gather", two)
+    with pytest.raises(ConfigError, match="process 1 doesn't find there what process 0 wrote"):
+        folder.check_shared()
 
 
 def test_one_process_writes_the_run_folder(tmp_path, monkeypatch):

@@ -199,6 +199,10 @@ def _watch(client: Any, ended: threading.Event) -> None:
             return  # the service has ended: the run has, or JAX says why
         if not reason.startswith(f"process {jax.process_index()}:"):
             _say(reason)
+            if (
+                is_leader()
+            ):  # the service ends with this process: the others have time to end before
+                time.sleep(FAREWELL_SECONDS)
             os._exit(1)
 
 
@@ -207,8 +211,7 @@ def _say(reason: str) -> None:
 
 
 def _client() -> Any:
-    from jax._src.distributed import (
-        global_state,
-    )  # the service's key-value store has no public name
+    # The service's key-value store has no public name.
+    from jax._src.distributed import global_state
 
     return global_state.client

@@ -65,7 +65,7 @@ def train(config: Config, display: Display | None = None) -> Result:
         display = Display(quiet=True)
     folder = RunFolder(config)
     folder.check_writable()
-    wait_for_all("the run folder is there")
+    folder.check_shared()
     with kept_programs(folder.compile_cache), noticing_preemption() as preemption:
         experiment = make_experiment(config)
         experiment.collector = replace(experiment.collector, interrupt=preemption.check)

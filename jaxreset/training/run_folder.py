@@ -7,13 +7,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 
 from jaxreset.config import Config
 from jaxreset.config_file import DUMPED, dump_config
 from jaxreset.errors import ConfigError
-from jaxreset.parallel.processes import is_leader
+from jaxreset.parallel.processes import gather, is_leader
 from jaxreset.training.checkpoints import ACCURACY, saved_steps
 
 # What may differ when a run is started again: none of it changes a result already there. On another
@@ -81,6 +82,25 @@ class RunFolder:
         if self.config.optimizer.schedule != "constant":  # it ends with the last step
             free = tuple(key for key in free if key != "train.steps")
         self._refuse_other_run(free=free)
+
+    def check_shared(self) -> None:
+        """Returns when the folder is there for every process.
+
+        Raises:
+          ConfigError: in all of them, where some look at a folder of their own.
+        """
+        mark = self.path / f".shared_{uuid4().hex}"
+        if is_leader():
+            mark.touch()
+        mark = self.path / gather([mark.name])[0]  # the leader's, which is there by now
+        blind = [n for n, sees in enumerate(gather([mark.exists()])) if not sees]
+        if is_leader():
+            mark.unlink()
+        if blind:
+            raise ConfigError(
+                f"run.dir {self.path}: process {blind[0]} doesn't find there what process 0 wrote; name a "
+                "folder that all processes share"
+            )
 
     def check_same_policy(self) -> None:
         """Raises `ConfigError` where the folder's checkpoints are of another policy or optimizer."""
