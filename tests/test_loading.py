@@ -29,8 +29,8 @@ SIZES = DecoderConfig(vocab=40, layers=3, width=24, heads=8, kv_heads=2, head_di
 CONFIGS = {
     "tied, biases": dataclasses.replace(SIZES, qkv_bias=True),
     "untied, norms": dataclasses.replace(SIZES, qk_norm=True, tie_embeddings=False),
-    "nothing divides": DecoderConfig(
-        vocab=41, layers=2, width=18, heads=3, kv_heads=1, head_dim=6, mlp=13, qkv_bias=True
+    "odd vocabulary, one key-value head": DecoderConfig(
+        vocab=41, layers=2, width=24, heads=8, kv_heads=1, head_dim=6, mlp=16, qkv_bias=True
     ),
 }
 MESHES = [(1, 4, 2), (2, 2, 2), (1, 8, 1), (1, 1, 8), (8, 1, 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from conftest import TINY
 from flax import nnx
 from model_helpers import fixture_folder, random_policy
+from test_sampling import assert_rounds_equal as assert_equal
 
 from jaxreset.groups import Group
 from jaxreset.microbatches import PackShape, pack
@@ -161,11 +163,7 @@ def test_groups_are_cut_where_there_are_more_shards(policy, automaton, prompts, 
     assert compiles() == before
 
 
-def assert_rounds_equal(ours, theirs):
-    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
-    np.testing.assert_array_equal(ours.lengths, theirs.lengths)
-    np.testing.assert_array_equal(ours.reasons, theirs.reasons)
-    np.testing.assert_allclose(ours.behavior_logps, theirs.behavior_logps, rtol=0, atol=1e-4)
+assert_rounds_equal = partial(assert_equal, atol=1e-4)
 
 
 @pytest.mark.parametrize(

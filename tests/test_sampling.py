@@ -505,3 +505,10 @@ def test_bad_inputs_are_named(policy32, sampler, name):
     call = {"prompts": [[5, 6]], "rows": 4, "stream": Stream(0)} | BAD_INPUTS[name]
     with pytest.raises(ValueError, match=f"{list(BAD_INPUTS[name])[-1]}.*expected"):
         sampler.sample(policy32, **call)
+
+
+def assert_rounds_equal(ours, theirs, atol=1e-9):
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    np.testing.assert_array_equal(ours.lengths, theirs.lengths)
+    np.testing.assert_array_equal(ours.reasons, theirs.reasons)
+    np.testing.assert_allclose(ours.behavior_logps, theirs.behavior_logps, rtol=0, atol=atol)
