@@ -336,7 +336,9 @@ class Sampler:
                 shard_of = np.asarray(shards)[members]
             places = places_on(shard_of, part.groups, self.shards)
             start = jax.tree.map(lambda x: x[members], starts)
-            first_rows = start.first_rows + np.tile(np.arange(cuts) * part.rows, len(groups))
+            first_rows = start.first_rows + np.tile(
+                np.arange(cuts, dtype=np.int32) * part.rows, len(groups)
+            )
             start = pad_start(start._replace(first_rows=first_rows), part.groups, places)
             prefix = prepare(part, members, places)
             rows, pages, spent = programs.draw(policy, part, prefix, start, draws, hold=holds)
