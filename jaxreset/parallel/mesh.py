@@ -1,6 +1,14 @@
-"""One mesh of three axes, and one table that says how parameters lie on it.
+"""One mesh of three axes, and how every array lies on it.
 
-`data` splits groups; `fsdp` splits groups and parameters; `tensor` splits heads and hidden units.
+                                    data      fsdp              tensor
+parameters, gradients, moments      whole     by `PARAM_AXES`   by `PARAM_AXES`
+parameters that decode              whole     whole             by `PARAM_AXES`
+keys and values                     groups    groups            key-value heads
+microbatches, lanes of a round      groups    groups            whole
+hidden states inside a layer        groups    groups            whole; heads, hidden units in between
+hidden states between layers        groups    groups            lanes, else slots
+logits of an update                 groups    groups            vocabulary
+logits that tokens are drawn from   groups    groups            rows
 """
 
 from __future__ import annotations
