@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,6 +47,16 @@ def act(problem: Problem, response: str) -> float:
         raise KeyError(rest)
     elif verb == "leave":
         raise SystemExit(0)
+    elif verb == "recurse":
+        return act(problem, response)
+    elif verb == "lambda":
+        raise Unpicklable(lambda: None)
+    elif verb == "return":
+        return eval(rest)
+    elif verb == "write":  # into every pipe that is open
+        for fd in range(3, 64):
+            with contextlib.suppress(OSError):
+                os.write(fd, b"\0\0\0\4junk")
     elif verb == "print":
         print("a verifier that prints must not disturb the pipe")
     elif verb == "jax":
@@ -52,6 +64,13 @@ def act(problem: Problem, response: str) -> float:
     elif verb == "worker":
         return float(os.getpid())
     return float(rest or 1)
+
+
+class Unpicklable(BaseException):
+    """Whose text can't be made either."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
 
 
 def refuse_to_start() -> None:
@@ -149,19 +168,41 @@ def test_a_crash_is_tried_once_more(workers, tmp_path):
 @pytest.mark.parametrize(
     ("response", "reason"),
     [
-        ("kill", "died on .*SIGSEGV"),
-        ("exit", "died on .*exit status 3"),
-        ("raise this key", "raised on .*KeyError: 'this key'"),
-        ("leave", "raised on .*SystemExit"),
-        ("ok nan", "raised on .*nan: expected a finite number"),
+        ("kill", "process died: SIGSEGV"),
+        ("exit", "process died: exit status 3"),
+        ("write", "process died"),
+        ("raise this key", "KeyError: 'this key'"),
+        ("raise " + "x" * 10**5, "Traceback"),
+        ("leave", "SystemExit"),
+        ("recurse", "RecursionError"),
+        ("lambda", "Unpicklable"),
+        ("return None", "TypeError: the verifier returned None"),
+        ("return '1.0'", "TypeError: the verifier returned '1.0'"),
+        ("return 1j", "TypeError"),
+        ("return [1.0]", "TypeError"),
+        ("return 10**400", "OverflowError"),
+        ("return 1e39", "OverflowError: the verifier returned 1e\\+39: more than float32"),
+        ("ok nan", "nan: expected a finite number"),
+        ("ok -inf", "-inf: expected a finite number"),
     ],
+    ids=lambda value: value[:12],
 )
-def test_a_verifier_that_fails_is_an_error_that_names_the_case(workers, response, reason):
-    with pytest.raises(RuntimeError, match=f"(?s){reason}") as error:
-        workers.score(items("ok 1", response, "ok 2"))
-    assert f"item 1 (problem 'p1', response {response!r})" in str(error.value)
-    # Nothing of the failed call is left over for the next one.
+def test_a_verifier_that_fails_costs_the_response_its_reward_alone(workers, response, reason):
+    scores = workers.score(items("ok 1", response, "ok 2"))
+    np.testing.assert_array_equal(scores.rewards, [1, 0, 2])
+    assert (scores.errors, scores.timeouts) == ((1,), ())
+    (text,) = scores.reasons
+    assert re.search(reason, text)
+    assert len(text) < 5000
+    # Nothing of the failed items is left over for the next call.
     np.testing.assert_array_equal(workers.score(items("ok 7", "ok 8")).rewards, [7, 8])
+
+
+@pytest.mark.parametrize("value", ["True", "0", "__import__('numpy').float32(0.5)", "-1e38"])
+def test_any_number_is_a_reward(workers, value):
+    scores = workers.score(items(f"return {value}"))
+    assert scores.errors == ()
+    np.testing.assert_allclose(scores.rewards, [float(eval(value))])
 
 
 def test_a_worker_ended_between_two_calls_is_replaced(workers):

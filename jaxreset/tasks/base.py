@@ -6,12 +6,15 @@ plain data, so that reward workers can import it without importing jax.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,30 @@ class Scores(NamedTuple):
     Attributes:
         rewards: float64 [n], in the order of the items scored.
         timeouts: indexes, ascending, of the items whose deadline fired; their reward is 0.
+        errors: indexes, ascending, of the items on which the verifier itself failed: it raised,
+            crashed, or returned what is no reward; their reward is 0.
+        reasons: how, in the order of `errors`.
     """
 
     rewards: NDArray[np.float64]
     timeouts: tuple[int, ...]
+    errors: tuple[int, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+
+def reward_of(value: Any) -> float:
+    """What a verifier returned, as a reward; NaN and infinities are left to the caller.
+
+    Raises:
+        TypeError: it is no number.
+        OverflowError: float32, in which losses are computed, can't hold it.
+    """
+    if value is None or isinstance(value, str | bytes | complex):
+        raise TypeError(f"the verifier returned {value!r:.100}: expected a number")
+    reward = float(value)
+    if LARGEST < abs(reward) < math.inf:
+        raise OverflowError(f"the verifier returned {reward}: more than float32 can hold")
+    return reward
 
 
 class Task(Protocol):
@@ -69,7 +92,10 @@ class Task(Protocol):
         """The same question, put behind the failed response itself."""
 
     def score(self, items: Sequence[tuple[Problem, str]]) -> Scores:
-        """Rewards of (problem, response text) pairs, in their order."""
+        """Rewards of (problem, response text) pairs, in their order.
+
+        It may raise: `training.scoring` then finds out on which response.
+        """
 
     def first_wrong_step(self, problem: Problem, steps: Sequence[str]) -> int | None:
         """The true first wrong step (1-based), or None where the task cannot tell."""

@@ -7,6 +7,9 @@ kill: `ITIMER_PROF` bounds CPU time, so that the verdict doesn't depend on how b
 `ITIMER_REAL` is a generous backstop for an item that merely sleeps. The parent sees the pipe close,
 scores the item 0, names it in a warning, and starts another worker.
 
+A verifier that fails on an item, by an exception or by the end of its process, costs that item its
+reward and nothing else: whether it fails on so many that it is broken is for the run to judge.
+
 Workers are fresh interpreters that import the verifier's module and nothing else: not JAX, and not
 the main script (`multiprocessing` would run it again in each). POSIX only.
 """
@@ -33,7 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxreset.errors import RunError
-from jaxreset.tasks.base import Problem, Scores
+from jaxreset.tasks.base import Problem, Scores, reward_of
 
 Item = tuple[Problem, str]
 ScoreOne = Callable[[Problem, str], float]
@@ -43,6 +46,8 @@ logger = logging.getLogger(__name__)
 # What a worker has to say; the last two are what the parent makes of a closed pipe.
 _READY, _SCORED, _OUT_OF_MEMORY, _RAISED = "ready", "scored", "out of memory", "raised"
 _TIMED_OUT, _DIED = "timed out", "died"
+
+LONGEST_REASON = 4000  # characters kept of a traceback
 
 _BOOT = (
     "import sys; fd, *sys.path[:] = sys.argv[1:]; "
@@ -62,9 +67,11 @@ class RewardWorkers:
     """Scores items in worker processes, in input order, whatever an item does to its worker.
 
     An item whose deadline fires, or that runs out of memory, scores 0 and is reported in
-    `Scores.timeouts`. A worker that dies of anything else is replaced and its item tried once more;
-    the second time it is an error. Processes start at the first `score` and end with `close`, with
-    the `with` block, or with this process, even if killed. Not thread-safe: one `score` at a time.
+    `Scores.timeouts`. One for which `score_one` raises, or returns no finite number, scores 0 and is
+    reported in `Scores.errors`. A worker that dies of anything else is replaced and its item tried
+    once more, as somebody else may have ended it; the second time it is such an error too.
+    Processes start at the first `score` and end with `close`, with the `with` block, or with this
+    process, even if killed. Not thread-safe: one `score` at a time.
 
     Args:
         score_one: `(problem, response) -> reward`, a function at the top level of an importable
@@ -114,13 +121,12 @@ class RewardWorkers:
         """Rewards of (problem, response) pairs.
 
         Returns:
-            `Scores`: float64 [len(items)] in the order of `items`, and the indexes whose deadline
-            fired.
+            `Scores`: float64 [len(items)] in the order of `items`, the indexes whose deadline
+            fired, and those on which `score_one` failed.
 
         Raises:
-            RunError: naming the case, when `score_one` raises or returns no finite number, or
-                when an item's worker dies twice; and when a worker can't start. All workers are
-                ended first, and start anew at the next call.
+            RunError: a worker can't start. All workers are ended first, and start anew at the
+                next call.
         """
         try:
             return self._score(items)
@@ -141,6 +147,7 @@ class RewardWorkers:
     def _score(self, items: Sequence[Item]) -> Scores:
         rewards = np.zeros(len(items), np.float64)
         timeouts: list[int] = []
+        errors: dict[int, str] = {}
         retried: set[int] = set()
         waiting = deque(range(len(items)))
         while waiting or any(worker.index is not None for worker in self._workers):
@@ -153,6 +160,9 @@ class RewardWorkers:
                 if index is not None and outcome == _SCORED:
                     rewards[index] = detail
                     continue
+                if index is not None and outcome == _RAISED:
+                    errors[index] = detail
+                    continue
                 self._remove(worker)
                 if index is None:
                     if outcome == _DIED and worker.ready:
@@ -162,13 +172,15 @@ class RewardWorkers:
                 if outcome in (_TIMED_OUT, _OUT_OF_MEMORY):
                     timeouts.append(index)
                     logger.warning("reward worker %s (%s), scored 0: %s", outcome, detail, case)
-                elif outcome == _DIED and index not in retried:
+                elif index not in retried:
                     retried.add(index)
                     waiting.appendleft(index)
                     logger.warning("reward worker %s (%s), retrying: %s", outcome, detail, case)
                 else:
-                    raise RunError(f"reward worker {outcome} on {case}: {detail}")
-        return Scores(rewards, tuple(sorted(timeouts)))
+                    errors[index] = f"the verifier's process {outcome}: {detail}"
+        failed = sorted(errors)
+        reasons = tuple(errors[index] for index in failed)
+        return Scores(rewards, tuple(sorted(timeouts)), tuple(failed), reasons)
 
     def _hand_out(self, waiting: deque[int], items: Sequence[Item]) -> None:
         """Starts as many workers as have something to do, and gives each idle one the next item."""
@@ -214,6 +226,8 @@ class _Worker:
             outcome, detail = self.pipe.recv()
         except (EOFError, OSError):
             return self._epitaph()
+        except Exception as error:  # the item wrote to the pipe
+            return _DIED, f"its reply can't be read: {type(error).__name__}"
         self.ready = True
         return outcome, detail
 
@@ -265,17 +279,23 @@ def _score_under(limits: Limits, score_one: ScoreOne, item: Item) -> tuple[str, 
     signal.setitimer(signal.ITIMER_REAL, limits.wall_seconds)
     signal.setitimer(signal.ITIMER_PROF, limits.cpu_seconds)
     try:
-        reward = float(score_one(*item))
+        reward = reward_of(score_one(*item))
         if not math.isfinite(reward):
-            raise ValueError(f"score_one returned {reward}: expected a finite number")
+            raise ValueError(f"the verifier returned {reward}: expected a finite number")
     except MemoryError:
         return _OUT_OF_MEMORY, f"{limits.memory_bytes} bytes"
     except BaseException:  # a verifier's SystemExit is an error of the verifier's, too
-        return _RAISED, traceback.format_exc()
+        return _RAISED, _shortened(traceback.format_exc())
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
     return _SCORED, reward
+
+
+def _shortened(text: str) -> str:
+    """Its beginning and its end, where it is very long."""
+    half = LONGEST_REASON // 2
+    return text if len(text) <= LONGEST_REASON else f"{text[:half]} … {text[-half:]}"
 
 
 def _limit_memory(extra_bytes: int | None) -> None:

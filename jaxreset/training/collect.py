@@ -21,7 +21,7 @@ from jaxreset.resets import RULES, Failure, parse_answer
 from jaxreset.sampling.rounds import Round, Snapshot, StopReason, Stream
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.pipeline import Prompt
-from jaxreset.training.scoring import score_together
+from jaxreset.training.scoring import Record, Verdicts, judge, score_together, verdicts
 
 FAILED_BELOW = 0.5  # a score under it is a failure
 CUT = StopReason.BUDGET, StopReason.LENGTH, StopReason.STEPS  # a response that a limit ended
@@ -85,6 +85,7 @@ class Collector:
       localizer: answers the localisation question; the rule `self` needs it.
       draw: `temperature`, `top_p` and `top_k` of the rollouts.
       interrupt: called before each round; what it raises ends the step, which has changed nothing yet.
+      keep_errors: is given records of the responses that the verifier failed on; see `scoring.judge`.
     """
 
     objective: Objective
@@ -94,6 +95,7 @@ class Collector:
     localizer: Localizer | None = None
     draw: dict[str, Any] = field(default_factory=dict)
     interrupt: Callable[[], None] = lambda: None
+    keep_errors: Callable[[Sequence[Record]], None] = lambda errors: None
 
     def collect(
         self, policy: Policy, prompts: Sequence[Prompt], *, seed: int, step: int
@@ -104,6 +106,9 @@ class Collector:
           policy: whose weights draw.
           prompts: the batch.
           seed, step: with each prompt's index, they name every random number.
+
+        Raises:
+          RunError: the verifier failed on every response.
         """
         return _Step(self, policy, prompts, seed, step).run()
 
@@ -156,6 +161,7 @@ class _Step:
         self.stream = Stream(seed, step, phase=0)
         self.values: defaultdict[str, list[float]] = defaultdict(list)
         self.totals: Counter[str] = Counter({"tokens_sampled": 0, "tokens/localizer": 0})
+        self.verdicts: list[Verdicts] = []  # of each round
         self.lane_steps = 0
         self.groups: list[list[Group]] = [[] for _ in prompts]
         self.records: list[dict[str, Any]] = [
@@ -178,6 +184,9 @@ class _Step:
         roots = [drawn[0] for drawn in rollouts]
         for rung in range(self.objective.rungs if self.objective.rule else 0):
             candidates = self.reset_round(candidates, roots, rung)
+        self.totals["verifier/errors"] = judge(
+            self.verdicts, step=self.stream.step, evaluation=False, keep=self.to.keep_errors
+        )
         means = {name: float(np.mean(values)) for name, values in self.values.items()}
         useful = self.totals["tokens_sampled"] - self.totals["tokens/localizer"]
         means["sampling/slot_utilization"] = useful / max(self.lane_steps, 1)
@@ -357,11 +366,14 @@ class _Step:
         cells = [(g, r) for g in range(n) for r in range(k)]
         texts = [self.to.decode(round_.response(g, r)) for g, r in cells]
         problems = [self.prompts[members[g]].problem for g, _ in cells]
-        scores = score_together(self.to.task, list(zip(problems, texts, strict=True)))
+        items = list(zip(problems, texts, strict=True))
+        scores = score_together(self.to.task, items)
+        self.verdicts.append(verdicts(items, scores))
         self.totals["tokens_sampled"] += int(round_.lengths.sum())
         self.totals["verifier/timeouts"] += len(scores.timeouts)
         self.lane_steps += round_.lane_steps
         self.values["response/cut"] += np.isin(round_.reasons, CUT).ravel().tolist()
+        self.values["response/answered"] += [self.to.task.answer_marker in text for text in texts]
         self.values["response/drawn_tokens"] += round_.lengths.ravel().tolist()
         rollouts = [
             _Rollout(round_, g, r, first_rows[g] + r, text, float(reward))

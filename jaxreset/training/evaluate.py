@@ -13,18 +13,22 @@ from jaxreset.sampling.rounds import Stream
 from jaxreset.sampling.sampler import Sampler
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.pipeline import Prompt
-from jaxreset.training.scoring import score_together
+from jaxreset.training.scoring import Record, judge, score_together, verdicts
 from jaxreset.training.setup import Experiment
 
 PHASE = 2**16  # of the random streams, apart from those of training
 
 
 class Accuracy(NamedTuple):
-    """A share of problems solved, with its 95% Wilson interval."""
+    """A share of problems solved, with its 95% Wilson interval.
+
+    `errors`: responses that the verifier failed on, which count as wrong.
+    """
 
     mean: float
     low: float
     high: float
+    errors: int = 0
 
     def __str__(self) -> str:
         return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}]"
@@ -42,10 +46,15 @@ def evaluate(
     seed: int,
     step: int = 0,
     interrupt: Callable[[], None] = lambda: None,
+    keep_errors: Callable[[Sequence[Record]], None] = lambda errors: None,
 ) -> Accuracy:
     """Draws one response to each prompt and verifies it; temperature 0 is greedy.
 
-    `interrupt` is called before each batch and may raise.
+    `interrupt` is called before each batch and may raise; `keep_errors` is given records of the
+    responses that the verifier failed on.
+
+    Raises:
+      RunError: those are all.
     """
     items = []
     for first in range(0, len(prompts), batch):
@@ -60,9 +69,11 @@ def evaluate(
             temperature=temperature,
         )
         items += [(p.problem, decode(round_.response(n, 0))) for n, p in enumerate(members)]
-    solved = int((score_together(task, items).rewards >= 0.5).sum())
+    scores = score_together(task, items)
+    errors = judge([verdicts(items, scores)], step=step, evaluation=True, keep=keep_errors)
+    solved = int((scores.rewards >= 0.5).sum())
     interval = binomtest(solved, len(items)).proportion_ci(method="wilson")
-    return Accuracy(solved / len(items), float(interval.low), float(interval.high))
+    return Accuracy(solved / len(items), float(interval.low), float(interval.high), errors)
 
 
 def evaluations(experiment: Experiment, policy: Policy, step: int) -> dict[str, float]:
@@ -82,6 +93,7 @@ def evaluations(experiment: Experiment, policy: Policy, step: int) -> dict[str, 
             seed=config.seed,
             step=step,
             interrupt=experiment.collector.interrupt,
+            keep_errors=experiment.collector.keep_errors,
         )
 
     sampled, greedy = accuracy(config.eval.temperature), accuracy(0.0)
@@ -91,4 +103,5 @@ def evaluations(experiment: Experiment, policy: Policy, step: int) -> dict[str, 
         "eval/accuracy_high": sampled.high,
         "eval/greedy_accuracy": greedy.mean,
         "eval/problems": float(len(prompts)),
+        "eval/verifier_errors": float(sampled.errors + greedy.errors),
     }

@@ -58,8 +58,8 @@ def train(config: Config, display: Display | None = None) -> Result:
     Raises:
       ConfigError: before anything is compiled.
       PreemptedError: after SIGTERM, with the last finished step saved.
-      RunError: gradients stopped being finite, a reward worker failed, or a checkpoint could not be
-        written, or none of them read.
+      RunError: gradients stopped being finite, the verifier failed on every response, or a checkpoint
+        could not be written, or none of them read.
     """
     if display is None or not is_leader():
         display = Display(quiet=True)
@@ -68,7 +68,11 @@ def train(config: Config, display: Display | None = None) -> Result:
     folder.check_shared()
     with kept_programs(folder.compile_cache), noticing_preemption() as preemption:
         experiment = make_experiment(config)
-        experiment.collector = replace(experiment.collector, interrupt=preemption.check)
+        experiment.collector = replace(
+            experiment.collector,
+            interrupt=preemption.check,
+            keep_errors=folder.save_verifier_errors,
+        )
         folder.claim()
         trackers = Trackers(config, folder.path)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)

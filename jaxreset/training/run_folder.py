@@ -16,6 +16,7 @@ from jaxreset.config_file import DUMPED, dump_config
 from jaxreset.errors import ConfigError
 from jaxreset.parallel.processes import gather, is_leader
 from jaxreset.training.checkpoints import ACCURACY, saved_steps
+from jaxreset.training.scoring import Record, errors_until, keep_errors
 
 # What may differ when a run is started again: none of it changes a result already there. On another
 # mesh sums are taken in another order, so what follows is equal within rounding only.
@@ -45,6 +46,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.rollouts = self.path / "rollouts"
         self.nonfinite = self.path / "nonfinite"
+        self.verifier_errors = self.path / "verifier_errors.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.start = self.path / "start"  # parameters of a warm start that is needed later
         self._limit = int(config.run.rollouts_mb * 2**20)
@@ -139,6 +141,9 @@ class RunFolder:
             return
         kept = [line for line in self.history() if line["step"] <= step]
         _write(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        if self.verifier_errors.exists():
+            errors = errors_until(self.verifier_errors, step, evaluated=self.evaluated(step))
+            _write(self.verifier_errors, "".join(errors))
         for file in [*self.rollouts.glob("step_*"), *self.nonfinite.glob("step_*")]:
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
@@ -177,6 +182,11 @@ class RunFolder:
         file.parent.mkdir(exist_ok=True)
         with file.open("a") as lines:  # a step may have several minibatches
             lines.writelines(json.dumps({"step": step, **group}) + "\n" for group in groups)
+
+    def save_verifier_errors(self, errors: Sequence[Record]) -> None:
+        """Keeps responses that the verifier failed on, and how."""
+        if is_leader():
+            keep_errors(self.verifier_errors, errors)
 
     def save_trees(self, step: int, trees: Sequence[dict[str, Any]]) -> None:
         """Writes a step's reset trees, and drops the oldest files over the disk limit."""

@@ -1,18 +1,191 @@
-"""Rewards of a round's rows, verified by all processes, each its share."""
+"""Rewards of a round's rows, verified by all processes, each its share; what a verifier fails on.
+
+A verifier that fails on a response costs that response its reward: it is scored 0, counted, and kept
+with the error in `verifier_errors.jsonl`. One that fails on every response to several problems is
+broken, and the run ends with what it said.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxreset.errors import ConfigError, RunError
 from jaxreset.parallel import gather, own_share
-from jaxreset.tasks.base import Problem, Scores, Task
+from jaxreset.tasks.base import Problem, Scores, Task, reward_of
+
+Item = tuple[Problem, str]
+Record = dict[str, Any]
+
+logger = logging.getLogger(__name__)
+
+KEPT_BYTES = 16 * 2**20  # of `verifier_errors.jsonl`; what comes later is only counted
+KEPT_CHARACTERS = 8000  # of a response there
+SHOWN_CHARACTERS = 300  # of a response in a message
 
 
-def score_together(task: Task, items: Sequence[tuple[Problem, str]]) -> Scores:
-    """`task.score(items)`, the same in every process; each must call it with the same items."""
+def score_together(task: Task, items: Sequence[Item]) -> Scores:
+    """`task.score(items)`, the same in every process; each must call it with the same items.
+
+    A response on which `task.score` raises, or to which it gives what is no reward, scores 0.
+
+    Raises:
+      RunError: it gives another number of rewards than there are items, or as `task.score` does.
+      Exception: what `task.score` raised, where no response by itself is the cause.
+    """
     share = own_share(len(items))
-    own = task.score(items[share.start : share.stop])
-    timeouts = gather([share[i] for i in own.timeouts])
-    return Scores(np.asarray(gather(own.rewards.tolist())), tuple(timeouts))
+    own = _score(task, items[share.start : share.stop])
+    indexes = range(len(share))
+    mine = [
+        (r, i in own.timeouts, i in own.errors)
+        for i, r in zip(indexes, own.rewards.tolist(), strict=True)
+    ]
+    rewards, timed_out, failed = zip(*gather(mine), strict=True) if items else ((), (), ())
+    return Scores(
+        np.asarray(rewards, np.float64),
+        tuple(i for i, fired in enumerate(timed_out) if fired),
+        tuple(i for i, failure in enumerate(failed) if failure),
+        tuple(gather(own.reasons)) if any(failed) else (),
+    )
+
+
+def _score(task: Task, items: Sequence[Item]) -> Scores:
+    """This process's share; where it raises for all, the responses one by one."""
+    try:
+        return _checked(task.score(items), len(items))
+    except (RunError, ConfigError):
+        raise
+    except Exception as error:
+        alone = [_score_alone(task, item) for item in items]
+        failed = [i for i, (_, _, reason) in enumerate(alone) if reason is not None]
+        if not failed:
+            raise error from None
+        rewards = np.array([reward for reward, _, _ in alone], np.float64)
+        timeouts = tuple(i for i, (_, timed_out, _) in enumerate(alone) if timed_out)
+        return Scores(rewards, timeouts, tuple(failed), tuple(str(alone[i][2]) for i in failed))
+
+
+def _score_alone(task: Task, item: Item) -> tuple[float, bool, str | None]:
+    """A response's reward, whether its deadline fired, and how the verifier failed, if it did."""
+    try:
+        scores = _checked(task.score([item]), 1)
+    except (RunError, ConfigError):
+        raise
+    except Exception as error:
+        return 0.0, False, f"{type(error).__name__}: {error}"
+    return float(scores.rewards[0]), bool(scores.timeouts), next(iter(scores.reasons), None)
+
+
+def _checked(scores: Scores, count: int) -> Scores:
+    """With float64 rewards `[count]`; those that are none are errors. A NaN is left as it is."""
+    given = list(scores.rewards)
+    if len(given) != count:
+        raise RunError(
+            f"the task gave {len(given)} rewards for {count} responses: one each is needed"
+        )
+    errors = dict(zip(scores.errors, scores.reasons, strict=True))
+    rewards = np.zeros(count, np.float64)
+    for i, value in enumerate(given):
+        try:
+            rewards[i] = reward_of(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            errors[i] = f"{type(error).__name__}: {error}"
+    failed = sorted(errors)
+    return Scores(rewards, scores.timeouts, tuple(failed), tuple(errors[i] for i in failed))
+
+
+class Verdicts(NamedTuple):
+    """What a verifier made of the responses of a step, or of an evaluation.
+
+    Attributes:
+      scored: how many it was given.
+      problems: ids of their problems.
+      errors: records of those that it failed on.
+    """
+
+    scored: int
+    problems: frozenset[str]
+    errors: tuple[Record, ...]
+
+
+def verdicts(items: Sequence[Item], scores: Scores) -> Verdicts:
+    """The verdicts on `items`."""
+    errors = [
+        {"problem": items[i][0].id, "response": items[i][1][:KEPT_CHARACTERS], "error": reason}
+        for i, reason in zip(scores.errors, scores.reasons, strict=True)
+    ]
+    return Verdicts(len(items), frozenset(problem.id for problem, _ in items), tuple(errors))
+
+
+def judge(
+    rounds: Iterable[Verdicts],
+    *,
+    step: int,
+    evaluation: bool,
+    keep: Callable[[Sequence[Record]], None],
+) -> int:
+    """Keeps and names what the verifier failed on; returns on how many responses.
+
+    Args:
+      rounds: of one step, or of one evaluation.
+      step: which.
+      evaluation: whether they are an evaluation's.
+      keep: is given the records.
+
+    Raises:
+      RunError: it failed on every response, to at least two problems: it is broken, not they.
+    """
+    rounds = list(rounds)
+    errors = [{"step": step, "evaluation": evaluation, **e} for r in rounds for e in r.errors]
+    if not errors:
+        return 0
+    keep(errors)
+    first, scored = errors[0], sum(r.scored for r in rounds)
+    response = first["response"][:SHOWN_CHARACTERS]
+    last_line = first["error"].strip().rpartition("\n")[2][:SHOWN_CHARACTERS]
+    case = f"problem {first['problem']!r}, response {response!r}: {last_line}"
+    if len(errors) == scored and len(frozenset().union(*(r.problems for r in rounds))) > 1:
+        raise RunError(
+            f"the verifier failed on all {scored} responses of "
+            f"{'the evaluation at ' if evaluation else ''}step {step}, so it is the verifier that is "
+            f"broken. Mend it, and start the same command again. The first: {case}"
+        )
+    logger.warning(
+        "step %d: the verifier failed on %d of %d responses, scored 0. The first: %s",
+        step, len(errors), scored, case,
+    )  # fmt: skip
+    return len(errors)
+
+
+def keep_errors(file: Path, errors: Sequence[Record]) -> None:
+    """Appends the records to the file, as far as it has room."""
+    lines = [json.dumps(error) + "\n" for error in errors]
+    size = file.stat().st_size if file.exists() else 0
+    with file.open("a") as out:
+        for line in lines:
+            size += len(line)
+            if size > KEPT_BYTES:
+                return
+            out.write(line)
+
+
+def errors_until(file: Path, step: int, *, evaluated: bool) -> list[str]:
+    """The file's lines of steps that stay when a run goes on after `step`.
+
+    Args:
+      evaluated: whether that step's evaluation stays too.
+    """
+    kept = []
+    for line in file.read_text().splitlines(keepends=True) if file.exists() else []:
+        if not line.endswith("\n"):  # cut short by a crash
+            break
+        error = json.loads(line)
+        of_last = error["step"] == step and (evaluated or not error["evaluation"])
+        if error["step"] < step or of_last:
+            kept.append(line)
+    return kept
