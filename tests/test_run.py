@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -133,6 +134,63 @@ def test_rewards_that_are_not_finite_skip_updates_and_end_the_run(tmp_path, monk
             assert len(group["suffixes"]) == len(group["suffix_texts"]) == len(group["rewards"])
     history = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_updates"] for line in history[1:]] == [1, 1]  # the third ended the run
+
+
+def test_a_verifier_that_fails_on_some_responses_does_not_end_a_run(tmp_path, monkeypatch):
+    """Nor does it when the run goes on, and it fails on the same ones."""
+
+    def fails_on_some(task, items):
+        for _, text in items:
+            if len(text) % 7 == 0:
+                raise RecursionError(f"{len(text)} characters")
+        return even_length(task, items)
+
+    monkeypatch.setattr(ChainTask, "score", fails_on_some)
+    whole = train(tiny(tmp_path))
+    errors = (tmp_path / "verifier_errors.jsonl").read_text()
+    for line in map(json.loads, errors.splitlines()):
+        assert len(line["response"]) % 7 == 0
+        assert line["error"] == f"RecursionError: {len(line['response'])} characters"
+    counts = [line["verifier/errors"] for line in whole.history[1:]]
+    assert sum(counts) > 0
+    assert sum(counts) + sum(line.get("eval/verifier_errors", 0) for line in whole.history) == len(
+        errors.splitlines()
+    )
+    tree = json.loads((tmp_path / "rollouts" / "step_000001.jsonl").read_text().splitlines()[0])
+    for row in tree["groups"][0]["rows"]:
+        assert row["reward"] == (len(row["text"]) % 2 == 0 and len(row["text"]) % 7 > 0)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    again = train(tiny(tmp_path))
+    assert repeatable(again.history) == repeatable(whole.history)
+    assert (tmp_path / "verifier_errors.jsonl").read_text() == errors
+
+
+def test_a_verifier_that_fails_on_all_ends_the_run(tmp_path, monkeypatch, capsys):
+    def broken(task, items):
+        raise KeyError("no such grader")
+
+    monkeypatch.setattr(ChainTask, "score", broken)
+    settings = *TINY.split(), f"run.dir={tmp_path}", "warm_start.steps=0"
+    jaxreset(monkeypatch, "train", QUICKSTART, *settings, code=1)
+    shown = capsys.readouterr().err
+    assert "failed on all 16 responses of the evaluation at step 0" in shown
+    assert re.search(r"problem 'test:0', response '.*': KeyError: 'no such grader'", shown)
+    assert len((tmp_path / "verifier_errors.jsonl").read_text().splitlines()) == 16
+
+
+def test_a_run_without_reward_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ChainTask, "score", lambda task, items: Scores(np.zeros(len(items)), ()))
+    settings = *TINY.split(), f"run.dir={tmp_path}", "warm_start.steps=0"
+    monkeypatch.setenv("COLUMNS", "1000")
+    jaxreset(monkeypatch, "train", QUICKSTART, *settings, "train.steps=2")
+    shown = capsys.readouterr().out
+    assert shown.count("All rewards are 0, so nothing is learnt: ") == 1
+    assert "nothing was learnt: no optimizer step in 2 steps" in shown
+    [alarm] = map(json.loads, (tmp_path / "alarms.jsonl").read_text().splitlines())
+    assert (alarm["kind"], alarm["step"]) == ("no reward", 1)
+    first = json.loads((tmp_path / "rollouts" / "step_000001.jsonl").read_text().splitlines()[0])
+    assert alarm["response"] == first["groups"][0]["rows"][0]["text"]
+    assert "All rewards are 0" in (tmp_path / "report.html").read_text()
 
 
 def test_metrics_have_one_line_a_step(unstopped):

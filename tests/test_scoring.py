@@ -110,25 +110,14 @@ def test_a_verifier_that_fails_on_all_is_broken(caplog):
     assert len(kept) == 10  # the run folder has them too
 
 
-def test_kept_errors_have_an_end_and_are_cut_back(tmp_path, monkeypatch):
+def test_kept_errors_have_an_end(tmp_path, monkeypatch):
     file = tmp_path / "errors.jsonl"
-    assert scoring.errors_until(file, 5, evaluated=True) == []
-    lines = [
-        {"step": step, "evaluation": evaluation, "error": "é\udcff"}
-        for step, evaluation in [(0, True), (1, False), (2, False), (2, True), (3, False)]
-    ]
+    lines = [{"step": step, "error": "é\udcff"} for step in range(5)]
     scoring.keep_errors(file, lines[:3])
     scoring.keep_errors(file, lines[3:])
-    with file.open("a") as out:
-        out.write('{"step": 4, "eval')
-
-    def until(step, evaluated):
-        return [json.loads(x) for x in scoring.errors_until(file, step, evaluated=evaluated)]
-
-    assert until(9, True) == lines
-    assert until(2, True) == lines[:4]
-    assert until(2, False) == lines[:3]
-    assert until(-1, False) == []
+    assert [json.loads(line) for line in file.read_text().splitlines()] == lines
     monkeypatch.setattr(scoring, "KEPT_BYTES", file.stat().st_size + 100)
     scoring.keep_errors(file, lines)
-    assert file.stat().st_size <= scoring.KEPT_BYTES
+    kept = [json.loads(line) for line in file.read_text().splitlines()]
+    assert kept == lines + lines[: len(kept) - 5]
+    assert 5 < len(kept) < 10

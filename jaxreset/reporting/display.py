@@ -5,11 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+
+class Alarm(Protocol):
+    """What is wrong with a run; see `training.alarms`."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def response(self) -> str | None: ...
 
 
 class Display:
@@ -73,6 +88,14 @@ class Display:
             ]
         self._show(record["step"], "  ".join(parts), every=max(self._total // 10, 1))
 
+    def alarm(self, alarm: Alarm) -> None:
+        """Shows what is wrong, in a frame that isn't overlooked."""
+        parts = [f"[bold]{escape(alarm.text)}[/]"]
+        if alarm.response is not None:
+            parts.append(f"A response of that step:\n[dim]{escape(alarm.response)}[/]")
+        title = f"[bold red]step {alarm.step}: {alarm.kind}[/]"
+        self.console.print(Panel("\n\n".join(parts), title=title, border_style="bold red"))
+
     def _show(self, step: int, text: str, *, every: int) -> None:
         if self._task is not None:
             self._progress.update(self._task, completed=step, text=text)
@@ -98,5 +121,12 @@ class Display:
                     f"{seconds / 60:.1f}",
                 )
         self.console.print(table)
+        trained = [line for line in history if "optimizer_steps" in line]
+        if trained and not any(line["optimizer_steps"] for line in trained):
+            self.console.print(
+                f"[bold red]nothing was learnt:[/] no optimizer step in {len(trained)} steps, the policy "
+                "is the one that training started from",
+                soft_wrap=True,
+            )
         self.console.print(f"learning curve: {curve}", soft_wrap=True)
         self.console.print(f"run folder:     {folder}", soft_wrap=True)

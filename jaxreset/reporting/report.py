@@ -15,6 +15,7 @@ table { border-collapse: collapse; } td, th { padding: .2rem .8rem; text-align: 
 th { border-bottom: 1px solid #999; } img { max-width: 100%; }
 pre { background: #f4f4f4; padding: .5rem; overflow-x: auto; white-space: pre-wrap; margin: .2rem 0; }
 .right { border-left: .3rem solid #2a9d4a; } .wrong { border-left: .3rem solid #c8372d; }
+.alarm { border: .2rem solid #c8372d; padding: .3rem .8rem; margin: .5rem 0; }
 .kept { color: #777; } .group { margin: 0 0 1rem 1.5rem; }
 """
 
@@ -50,6 +51,7 @@ def write_report(
     parts = [
         f"<!doctype html><meta charset='utf-8'><title>{escape(folder.name)}</title>",
         f"<style>{STYLE}</style><h1>{escape(folder.name)}</h1>",
+        *[_alarm(alarm) for alarm in _lines(folder / "alarms.jsonl")],
         f"<img alt='learning curve' src='data:image/png;base64,{image}'>",
         "<h2>Evaluations</h2>",
         _table(shown),
@@ -75,12 +77,22 @@ def _number(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """A JSONL file's objects; none where there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _alarm(alarm: dict[str, Any]) -> str:
+    shown = "" if alarm["response"] is None else f"<pre>{escape(alarm['response'])}</pre>"
+    text = f"<b>step {alarm['step']}: {escape(alarm['kind'])}.</b> {escape(alarm['text'])}"
+    return f"<div class='alarm'>{text}{shown}</div>"
+
+
 def _latest_trees(folder: Path, count: int) -> list[dict[str, Any]]:
     files = sorted((folder / "rollouts").glob("step_*.jsonl"))
     if not files:
         return []
-    trees = [json.loads(line) for line in files[-1].read_text().splitlines()]
-    return sorted(trees, key=lambda tree: not tree["localizations"])[:count]
+    return sorted(_lines(files[-1]), key=lambda tree: not tree["localizations"])[:count]
 
 
 def _tree(tree: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from jaxreset.reporting.display import Display
 from jaxreset.reporting.report import write_report
 from jaxreset.reporting.trackers import Trackers
 from jaxreset.tasks.chain import ChainTask
+from jaxreset.training.alarms import Alarms
 from jaxreset.training.checkpoints import Checkpoints, abstract, save_params
 from jaxreset.training.compiles import compiles, kept_programs
 from jaxreset.training.evaluate import evaluations
@@ -170,13 +171,17 @@ def _loop(
     """All steps that are left; asked to end, it saves the last finished one."""
     config = experiment.config
     display.phase("training", config.train.steps, done=learner.progress.step)
+    marker = experiment.task.answer_marker
+    alarms = Alarms(config, marker, folder.alarms, folder.history(), display.alarm)
+    alarms.start(learner.policy.eos_ids)
     try:
-        _evaluate_late(experiment, learner, folder, trackers, display)
+        if late := _evaluate_late(experiment, learner, folder, trackers, display):
+            alarms.note(late)
         while learner.progress.step < config.train.steps:
             experiment.collector.interrupt()
             step = learner.progress.step + 1
             with _traced(step in config.run.profile_steps, folder.path / "profile"):
-                record = _step(experiment, learner, folder, step)
+                record, trees = _step(experiment, learner, folder, step)
             try:
                 if _evaluated(config, step):
                     record |= evaluations(experiment, learner.policy, step)
@@ -185,6 +190,7 @@ def _loop(
                 folder.log(record)
                 trackers.log(record)
                 display.step(record)
+            alarms.note(record, trees)
             if _saved(config, step):
                 checkpoints.save(learner.state, learner.progress, record)
     except PreemptedError:
@@ -201,16 +207,18 @@ def _evaluate_late(
     folder: RunFolder,
     trackers: Trackers,
     display: Display,
-) -> None:
-    """What is still to be evaluated of the step that the run starts or goes on from."""
+) -> dict[str, Any] | None:
+    """Evaluates the step that the run starts or goes on from, if that is still to be done."""
     step = learner.progress.step
     missing = _evaluated(experiment.config, step) and is_leader() and not folder.evaluated(step)
-    if any_process(missing):
-        record = {"step": step, **evaluations(experiment, learner.policy, step)}
-        record["compiles"] = compiles()
-        folder.complete(record)
-        trackers.log(record)
-        display.step(record)
+    if not any_process(missing):
+        return None
+    record = {"step": step, **evaluations(experiment, learner.policy, step)}
+    record["compiles"] = compiles()
+    folder.complete(record)
+    trackers.log(record)
+    display.step(record)
+    return record
 
 
 def _evaluated(config: Config, step: int) -> bool:
@@ -225,8 +233,10 @@ def _saved(config: Config, step: int) -> bool:
     return step == config.train.steps or step % config.checkpoint.every_steps == 0 or best
 
 
-def _step(experiment: Experiment, learner: Learner, folder: RunFolder, step: int) -> dict[str, Any]:
-    """One step: rollouts, advantages, update. Returns its metrics."""
+def _step(
+    experiment: Experiment, learner: Learner, folder: RunFolder, step: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One step: rollouts, advantages, update. Returns its metrics and its reset trees."""
     config = experiment.config
     start = time.perf_counter()
     prompts = experiment.stream.next(config.train.prompts_per_step)
@@ -245,7 +255,7 @@ def _step(experiment: Experiment, learner: Learner, folder: RunFolder, step: int
     )
     folder.save_trees(step, collected.trees)
     end = time.perf_counter()
-    return {
+    metrics = {
         "step": step,
         "seconds": end - start,
         **collected.metrics,
@@ -257,6 +267,7 @@ def _step(experiment: Experiment, learner: Learner, folder: RunFolder, step: int
         "time/update": end - sampled,
         "time/tokens_per_second": collected.metrics["tokens_sampled"] / (end - start),
     }
+    return metrics, collected.trees
 
 
 def _group_record(group: Group, decode: Callable[[np.ndarray], str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,7 +16,7 @@ from jaxreset.config_file import DUMPED, dump_config
 from jaxreset.errors import ConfigError
 from jaxreset.parallel.processes import gather, is_leader
 from jaxreset.training.checkpoints import ACCURACY, saved_steps
-from jaxreset.training.scoring import Record, errors_until, keep_errors
+from jaxreset.training.scoring import Record, keep_errors
 
 # What may differ when a run is started again: none of it changes a result already there. On another
 # mesh sums are taken in another order, so what follows is equal within rounding only.
@@ -46,6 +46,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.rollouts = self.path / "rollouts"
         self.nonfinite = self.path / "nonfinite"
+        self.alarms = self.path / "alarms.jsonl"
         self.verifier_errors = self.path / "verifier_errors.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.start = self.path / "start"  # parameters of a warm start that is needed later
@@ -141,9 +142,14 @@ class RunFolder:
             return
         kept = [line for line in self.history() if line["step"] <= step]
         _write(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        if self.verifier_errors.exists():
-            errors = errors_until(self.verifier_errors, step, evaluated=self.evaluated(step))
-            _write(self.verifier_errors, "".join(errors))
+        evaluated = self.evaluated(step)
+        _cut(self.alarms, lambda alarm: alarm["step"] <= step)
+        _cut(
+            self.verifier_errors,  # an evaluation that wasn't finished will be done again
+            lambda e: (
+                e["step"] < step or (e["step"] == step and (evaluated or not e["evaluation"]))
+            ),
+        )
         for file in [*self.rollouts.glob("step_*"), *self.nonfinite.glob("step_*")]:
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
@@ -200,6 +206,16 @@ class RunFolder:
             oldest = files.pop(0)
             total -= oldest.stat().st_size
             oldest.unlink()
+
+
+def _cut(file: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drops a JSONL file's other objects, and a line cut short by a crash; nothing left: the file."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and keep(json.loads(line))]
+    if kept:
+        _write(file, "".join(kept))
+    else:
+        file.unlink(missing_ok=True)
 
 
 def _write(path: Path, text: str) -> None:

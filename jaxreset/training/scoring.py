@@ -172,20 +172,3 @@ def keep_errors(file: Path, errors: Sequence[Record]) -> None:
             if size > KEPT_BYTES:
                 return
             out.write(line)
-
-
-def errors_until(file: Path, step: int, *, evaluated: bool) -> list[str]:
-    """The file's lines of steps that stay when a run goes on after `step`.
-
-    Args:
-      evaluated: whether that step's evaluation stays too.
-    """
-    kept = []
-    for line in file.read_text().splitlines(keepends=True) if file.exists() else []:
-        if not line.endswith("\n"):  # cut short by a crash
-            break
-        error = json.loads(line)
-        of_last = error["step"] == step and (evaluated or not error["evaluation"])
-        if error["step"] < step or of_last:
-            kept.append(line)
-    return kept
