@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from model_helpers import assert_same_params
+from orbax.checkpoint import v1 as ocp
 
 from jaxreset.config import Checkpoint
 from jaxreset.errors import RunError
+from jaxreset.training import checkpoints
 from jaxreset.training.checkpoints import (
     Checkpoints,
     Progress,
@@ -180,6 +182,54 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, dama
     checkpoints.close()
     assert Checkpoints(tmp_path, Checkpoint()).restore(state)[1].step == 3
     assert (tmp_path / "3.damaged").is_dir()
+
+
+@pytest.mark.parametrize("after", [None, (2, 2, 2)])
+def test_parameters_are_restored_alone(tmp_path, after, caplog, monkeypatch):
+    """The rest is looked at in portions of which none is larger than a parameter."""
+    state = saved(tmp_path, [1, 2, 3])
+    like = abstract(make_state(after and over_mesh(after)).params)
+    read, load = [], ocp.load_checkpointables
+
+    def spy(path, wanted):
+        read.append(set(wanted["state"]))
+        return load(path, wanted)
+
+    monkeypatch.setattr(ocp, "load_checkpointables", spy)
+    params, progress = Checkpoints(tmp_path, Checkpoint()).restore_params(like)
+    assert progress == Progress(step=3, data_position=15)
+    assert_same_params(params, state.params)
+    assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, like)
+    assert read == [{"gradients.mask", "opt_state.count"}, {"params.b", "params.w"}]
+
+    other_progress(tmp_path / "3")
+    flip_a_bit(tmp_path / "2")
+    with caplog.at_level(logging.WARNING, "jaxreset"):
+        params, progress = Checkpoints(tmp_path, Checkpoint()).restore_params(like)
+    assert progress.step == 1
+    assert_same_params(params, state.params)
+    assert "3 is damaged (other bits than were saved: progress)" in caplog.text
+    assert "2 is damaged (" in caplog.text
+    with pytest.raises(RunError, match=r"1 is damaged \(ValueError: no array params.c"):  # another's
+        Checkpoints(tmp_path, Checkpoint()).restore_params({"c": like["w"]})
+    with pytest.raises(FileNotFoundError):
+        Checkpoints(tmp_path / "none", Checkpoint()).restore_params(like)
+
+
+def test_damage_beside_the_parameters_is_found_too(tmp_path, monkeypatch, caplog):
+    """A checkpoint that training calls damaged is so for an evaluation."""
+    state, with_sums = saved(tmp_path, [1]), checkpoints._with_sums
+
+    def flipped(*args):
+        made = with_sums(*args)
+        return made | {"state": made["state"] | {"gradients.mask": ~state.gradients["mask"]}}
+
+    monkeypatch.setattr(checkpoints, "_with_sums", flipped)
+    saved(tmp_path, [2])
+    params, progress = Checkpoints(tmp_path, Checkpoint()).restore_params(state.params)
+    assert progress.step == 1
+    assert_same_params(params, state.params)
+    assert "2 is damaged (other bits than were saved: gradients.mask)" in caplog.text
 
 
 def test_nothing_is_touched_by_reading(tmp_path, caplog):

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from jaxreset.config import Checkpoint
 from jaxreset.errors import RunError
+from jaxreset.models.precision import widened
 from jaxreset.parallel.processes import fetch, gather, is_leader, wait_for_all
 from jaxreset.training.checksums import checksums
 from jaxreset.training.update import TrainState
@@ -137,9 +139,24 @@ class Checkpoints:
           FileNotFoundError: there is none.
           RunError: all are damaged.
         """
+        return self._newest(like, whole=True, set_aside=set_aside)
+
+    def restore_params(self, like: nnx.State) -> tuple[nnx.State, Progress]:
+        """The trained parameters alone of what `restore` gives; the rest is looked at for damage, and at
+        no time is more of it there than the largest parameter takes.
+
+        Args:
+          like: trained parameters, or `abstract` ones, in the dtype that they are trained in.
+        """
+        state, progress = self._newest(TrainState(like, (), ()), whole=False, set_aside=False)
+        return state.params, progress
+
+    def _newest(
+        self, like: TrainState, *, whole: bool, set_aside: bool
+    ) -> tuple[TrainState, Progress]:
         damaged = {}
         for step in reversed(saved_steps(self.path)):
-            loaded, reason = _load(self.path / str(step), like, Progress()._asdict())
+            loaded, reason = _load(self.path / str(step), like, Progress()._asdict(), whole=whole)
             if reason is not None:
                 damaged[step] = reason
                 continue
@@ -222,11 +239,15 @@ def _unreadable(path: Path, step: int) -> str | None:
     return None
 
 
-def _alone() -> ocp.Context:
-    """Reads in each process by itself: one that fails doesn't keep the others waiting for it."""
+def _alone(*, partial: bool = False) -> ocp.Context:
+    """Reads in each process by itself: one that fails doesn't keep the others waiting for it.
+
+    `partial`: only those arrays that are named.
+    """
     context, index = ocp.Context(), jax.process_index()
     context.multiprocessing.primary_host = index
     context.multiprocessing.active_processes = {index}
+    context.pytree_options.loading.partial_load = partial
     return context
 
 
@@ -247,32 +268,92 @@ def _with_sums(state: Any, record: dict[str, Any]) -> dict[str, Any]:
 
 def _sums(state: dict[str, Any], record: dict[str, Any]) -> np.ndarray:
     """Checksums of the arrays in their names' order, and of the record: uint32 `[arrays + 1]`."""
-    of_record = zlib.crc32(json.dumps(record, sort_keys=True).encode())
-    return np.append(fetch(checksums(state)), np.uint32(of_record))
+    return np.append(fetch(checksums(state)), _sum_of(record))
 
 
-def _load(path: Path, like: Any, record: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """What was saved in `path`, laid out as `like` and `record` are; or what is wrong with it."""
+def _sum_of(record: dict[str, Any]) -> np.uint32:
+    return np.uint32(zlib.crc32(json.dumps(record, sort_keys=True).encode()))
+
+
+def _load(
+    path: Path, like: Any, record: dict[str, Any], *, whole: bool = True
+) -> tuple[dict[str, Any], str | None]:
+    """What was saved in `path`, laid out as `like` and `record` are; or what is wrong with it.
+
+    `whole`: `like` names all arrays that were saved; else some of them, and the others are only looked at,
+    a few at a time.
+    """
     targets = _named(abstract(like))
-    sums = np.zeros(len(targets) + 1, np.uint32)
-    loaded, reason = {}, None
+    others, reason = ({}, None) if whole else _others(path, targets)
+    names = sorted({**targets, **others})
+    loaded: dict[str, Any] = {}
+    for part in [*_portions(others, max(map(_bytes, targets.values()))), targets]:
+        if (reason := _first(reason)) is not None:  # one process may read what another can't
+            return {}, reason
+        loaded = {}  # gone before the next ones come
+        try:
+            with _alone(partial=not whole):
+                sums = np.zeros(len(names) + 1, np.uint32)
+                wanted = {"state": part, "progress": record, "checksums": sums}
+                loaded = ocp.load_checkpointables(path, wanted)
+        except Exception as error:  # anything may be raised by bytes that are anything
+            reason = _reason(error)
+        reason = _first(reason) or _differing(loaded, names)
+    return (loaded, None) if (reason := _first(reason)) is None else ({}, reason)
+
+
+def _others(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The other arrays that were saved, each to lie as the target does whose name it ends in; or what
+    is wrong."""
     try:
         with _alone():
-            wanted = {"state": targets, "progress": record, "checksums": sums}
-            loaded = ocp.load_checkpointables(path, wanted)
-    except Exception as error:  # anything may be raised by bytes that are anything
-        reason = _reason(error)
-    if (reason := _first(reason)) is not None:  # one process may read what another can't
-        return {}, reason
-    return loaded, _first(_differing(loaded))
+            shapes = ocp.checkpointables_metadata(path).metadata["state"]
+        if missing := sorted(targets.keys() - shapes.keys()):
+            raise ValueError(f"no array {missing[0]}")
+    except Exception as error:
+        return {}, _reason(error)
+    shardings = {name.partition(".")[2]: x.sharding for name, x in targets.items()}
+    apart = next(iter(shardings.values()))
+    if isinstance(apart, jax.sharding.NamedSharding):
+        apart = jax.sharding.NamedSharding(apart.mesh, jax.sharding.PartitionSpec())
+
+    def place(name: str) -> jax.sharding.Sharding:
+        return next((s for end, s in shardings.items() if name.endswith(f".{end}")), apart)
+
+    others = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(name))
+        for name, x in shapes.items()
+        if name not in targets
+    }
+    return others, None
 
 
-def _differing(loaded: dict[str, Any]) -> str | None:
-    """What isn't as it was saved."""
+def _portions(targets: dict[str, Any], limit: int) -> list[dict[str, Any]]:
+    """The targets in portions of at most so many bytes, or of one."""
+    portions: list[dict[str, Any]] = []
+    room = -1
+    for name, x in targets.items():
+        if _bytes(x) > room:
+            portions.append({})
+            room = limit
+        portions[-1][name] = x
+        room -= _bytes(x)
+    return portions
+
+
+def _bytes(x: Any) -> int:
+    return int(x.size) * int(x.dtype.itemsize)
+
+
+def _differing(loaded: dict[str, Any], names: Sequence[str]) -> str | None:
+    """What isn't as it was saved; `names`: of all arrays that were."""
     state, record = loaded["state"], loaded["progress"]
-    differ = _sums(state, record) != np.asarray(loaded["checksums"])
-    names = [name for name, d in zip([*sorted(state), "progress"], differ, strict=True) if d]
-    return f"other bits than were saved: {', '.join(names[:3])}" if names else None
+    saved = dict(zip([*names, "progress"], np.asarray(loaded["checksums"]), strict=True))
+    # One by one: arrays of one shape share a program.
+    found = {name: fetch(checksums([state[name]]))[0] for name in sorted(state)}
+    found["progress"] = _sum_of(record)
+    differ = [name for name, value in found.items() if value != saved[name]]
+    return f"other bits than were saved: {', '.join(differ[:3])}" if differ else None
 
 
 def _first(reason: str | None) -> str | None:
@@ -300,9 +381,14 @@ def load_params(path: Path, like: Any) -> Any:
     return _unnamed(loaded["state"], like)
 
 
-def abstract(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of the arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+def abstract(tree: Any, *, wide: bool = False) -> Any:
+    """Shapes, dtypes and shardings of the arrays; `wide`: the dtypes that they are trained in."""
+    shapes = jax.eval_shape(widened, tree) if wide else tree
+    return jax.tree.map(
+        lambda shape, x: jax.ShapeDtypeStruct(x.shape, shape.dtype, sharding=x.sharding),
+        shapes,
+        tree,
+    )
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 from flax import nnx
 
 from jaxreset.config import Config
 from jaxreset.errors import ConfigError
 from jaxreset.models.adapters import trained
 from jaxreset.models.policy import Policy
-from jaxreset.training.checkpoints import Checkpoints, load_params
+from jaxreset.training.checkpoints import Checkpoints, abstract, load_params
 from jaxreset.training.compiles import kept_programs
 from jaxreset.training.evaluate import evaluations
 from jaxreset.training.run_folder import RunFolder
 from jaxreset.training.setup import Experiment, make_experiment
-from jaxreset.training.update import init_state, make_optimizer
 
 
 def evaluate_run(config: Config) -> tuple[int, dict[str, float]]:
@@ -67,7 +67,10 @@ def started_from(experiment: Experiment, folder: RunFolder) -> Policy:
 
 
 def _latest(experiment: Experiment, folder: RunFolder) -> tuple[int, Policy]:
-    """The policy of the newest whole checkpoint, and its step."""
+    """The policy of the newest whole checkpoint, and its step.
+
+    Only its parameters are read, in place of those that training started from.
+    """
     config, policy = experiment.config, started_from(experiment, folder)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if not checkpoints.any():
@@ -76,8 +79,10 @@ def _latest(experiment: Experiment, folder: RunFolder) -> tuple[int, Policy]:
                 f"run.dir {config.run.dir} holds no checkpoint, and model.path is null; train first"
             )
         return 0, policy
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    params, frozen = trained(policy.params)
-    state, progress = checkpoints.restore(init_state(params, optimizer))
-    params = nnx.merge_state(state.params, frozen)
+    start, frozen = trained(policy.params)
+    like = abstract(start, wide=True)
+    for leaf in jax.tree.leaves(start):
+        leaf.delete()  # there may not be room for both
+    params, progress = checkpoints.restore_params(like)
+    params = nnx.merge_state(params, frozen)
     return progress.step, policy.with_params(params, progress.version)
