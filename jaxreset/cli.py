@@ -137,17 +137,32 @@ def export(
     adapters: Annotated[
         bool, typer.Option("--adapters", help="Write the LoRA adapters alone, for peft.")
     ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the tensors: float32 loses nothing of what was learnt, bfloat16, float16; "
+            "default model.dtype."
+        ),
+    ] = None,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process: Process = None,
 ) -> None:
     """Write the run's latest checkpoint as a Hugging Face folder; adapters are merged."""
     from jaxreset.config_file import load_config
-    from jaxreset.training.finished import export_run
+    from jaxreset.parallel.processes import ending_together, is_leader, start
 
     settings = load_config(config, overrides or [])
-    try:
-        step = export_run(settings, output, adapters=adapters)
-    except FileExistsError as error:
-        raise ConfigError(str(error)) from error
-    Console().print(f"step {step} exported to {output}", soft_wrap=True)
+    start(coordinator, processes, process)
+    with ending_together():
+        from jaxreset.training.finished import export_run
+
+        try:
+            step = export_run(settings, output, adapters=adapters, dtype=dtype)
+        except FileExistsError as error:
+            raise ConfigError(str(error)) from error
+    if is_leader():
+        Console().print(f"step {step} exported to {output}", soft_wrap=True)
 
 
 def main() -> None:

@@ -210,7 +210,9 @@ def test_parameters_are_restored_alone(tmp_path, after, caplog, monkeypatch):
     assert_same_params(params, state.params)
     assert "3 is damaged (other bits than were saved: progress)" in caplog.text
     assert "2 is damaged (" in caplog.text
-    with pytest.raises(RunError, match=r"1 is damaged \(ValueError: no array params.c"):  # another's
+    with pytest.raises(
+        RunError, match=r"1 is damaged \(ValueError: no array params.c"
+    ):  # another's
         Checkpoints(tmp_path, Checkpoint()).restore_params({"c": like["w"]})
     with pytest.raises(FileNotFoundError):
         Checkpoints(tmp_path / "none", Checkpoint()).restore_params(like)

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from model_helpers import random_policy
+from flax import nnx
+from model_helpers import assert_same_params, random_policy
+from orbax.checkpoint import v1 as ocp
 from typer.testing import CliRunner
 
 from jaxreset import cli
+from jaxreset.config_file import load_config
 from jaxreset.errors import RunError
+from jaxreset.models.adapters import trained
 from jaxreset.models.block import DecoderConfig
+from jaxreset.models.policy import load_policy
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask
+from jaxreset.training import finished as run_results
 from jaxreset.training import loop
+from jaxreset.training.checkpoints import Checkpoints, Progress
 from jaxreset.training.compiles import compiles
+from jaxreset.training.run_folder import RunFolder
+from jaxreset.training.setup import make_experiment
+from jaxreset.training.update import init_state, make_optimizer
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 TINY = """
@@ -79,7 +93,7 @@ def jaxreset(model, monkeypatch, capsys):
     [
         ("train", ["CONFIG", "KEY=VALUE", "--dry-run"]),
         ("eval", ["CONFIG", "KEY=VALUE", "--json"]),
-        ("export", ["CONFIG", "OUTPUT", "KEY=VALUE"]),
+        ("export", ["CONFIG", "OUTPUT", "KEY=VALUE", "--adapters", "--dtype", "--coordinator"]),
         ("plan", ["CONFIG", "KEY=VALUE", "--topology", "--json", "--largest"]),
     ],
 )
@@ -169,6 +183,103 @@ def test_there_is_nothing_to_evaluate_or_export_without_a_run(jaxreset, tmp_path
     assert "holds no checkpoint, and model.path is null; train first" in jaxreset(
         "eval", *nowhere, code=2
     )
+
+
+def finished(folder, *overrides):
+    """A run folder with a checkpoint of step 3, all trained parameters changed by a thousandth."""
+    config = load_config(QUICKSTART, [*TINY.split(), f"run.dir={folder}", *overrides])
+    experiment = make_experiment(config)
+    params, frozen = trained(experiment.adapted(experiment.policy).params)
+    state = init_state(params, make_optimizer(config.optimizer, config.train.steps))
+    learnt = jax.tree.map(lambda x: x * 1.001 + 1e-5, state.params)
+    run = RunFolder(config)
+    run.check_writable()
+    run.claim()
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+    checkpoints.save(state._replace(params=learnt), Progress(step=3, version=5))
+    checkpoints.close()
+    return nnx.merge_state(learnt, frozen)
+
+
+def bytes_of(arrays):
+    return sum(x.nbytes for x in jax.tree.leaves(arrays))
+
+
+def test_a_run_is_evaluated_and_exported_without_its_optimizer(
+    jaxreset, model, tmp_path, monkeypatch
+):
+    """Of what training keeps beside parameters, no more is ever there than the largest of these."""
+    learnt = finished(tmp_path / "run", f"model.path={model}")
+    gc.collect()
+    before, peaks = jax.live_arrays(), []
+    size, largest = bytes_of(learnt), max(map(bytes_of, jax.tree.leaves(learnt)))
+    load = ocp.load_checkpointables
+
+    def look():
+        others = {id(x) for x in before}
+        peaks.append(bytes_of([x for x in jax.live_arrays() if id(x) not in others]))
+
+    def spy(*args):
+        loaded = load(*args)
+        look()
+        return loaded
+
+    def evaluations(experiment, policy, step):
+        look()
+        assert (step, policy.version) == (3, 5)
+        assert_same_params(policy.params, learnt)
+        return {f"eval/{name}": 0.0 for name in ("accuracy", "accuracy_low", "accuracy_high",
+                                                 "greedy_accuracy", "problems")}  # fmt: skip
+
+    monkeypatch.setattr(ocp, "load_checkpointables", spy)
+    monkeypatch.setattr(run_results, "evaluations", evaluations)
+    jaxreset("eval", f"run.dir={tmp_path}/run")
+    jaxreset("export", f"run.dir={tmp_path}/run", output=[f"{tmp_path}/out"])
+    assert len(peaks) > 4
+    assert size <= max(peaks) <= size + largest + 10_000  # and what the sampler knows of tokens
+    assert_same_params(load_policy(tmp_path / "out").params, learnt)
+
+
+@pytest.mark.parametrize("lora", [(), ("model.lora.rank=4",)], ids=["whole", "lora"])
+def test_an_export_that_rounds_says_what_is_lost(jaxreset, model, tmp_path, caplog, lora):
+    run = f"run.dir={tmp_path}/run", f"model.path={model}", "model.dtype=bfloat16", *lora
+    learnt = finished(tmp_path / "run", *run[1:])
+    with caplog.at_level(logging.WARNING):
+        jaxreset("export", *run, output=[f"{tmp_path}/narrow"])
+    [share] = re.findall(r"rounding to bfloat16 is an error of (\d+)% of the size", caplog.text)
+    assert 5 < int(share) < 120
+    assert "export --dtype float32 keeps all of it" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        jaxreset("export", *run, output=[f"{tmp_path}/wide", "--dtype", "float32"])
+    assert caplog.text == ""
+    wide = load_policy(tmp_path / "wide")
+    if lora:
+        assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
+    else:
+        assert_same_params(wide.params, learnt)
+    assert load_policy(tmp_path / "narrow").params["embed"][...].dtype == np.float32
+    assert "--dtype int8: expected one of float32, bfloat16, float16" in jaxreset(
+        "export", *run, output=[f"{tmp_path}/no", "--dtype", "int8"], code=2
+    )
+    if lora:
+        adapters = [f"{tmp_path}/no", "--adapters", "--dtype", "float32"]
+        assert "adapters are written as they are" in jaxreset(
+            "export", *run, output=adapters, code=2
+        )
+
+
+def test_export_takes_the_flags_of_several_processes(jaxreset, tmp_path):
+    output = [f"{tmp_path}/out", "--process", "0"]
+    assert "--coordinator, --processes missing" in jaxreset("export", output=output, code=2)
+
+
+def test_a_full_disk_is_one_message(jaxreset, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5))
+    shown = jaxreset("export", f"run.dir={tmp_path}/none", output=[f"{tmp_path}/out"], code=1)
+    assert shown.startswith(f"error: the export can't be written to {tmp_path}/out: No space left")
+    assert shown.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_export_does_not_overwrite(jaxreset, tmp_path):

@@ -19,7 +19,7 @@ from model_helpers import (
 )
 from safetensors.numpy import load_file
 
-from jaxreset.models.adapters import trained
+from jaxreset.models.adapters import rounding_loss, trained
 from jaxreset.models.lora import LINEAR, LoRA
 from jaxreset.models.policy import load_policy
 from jaxreset.parallel import make_mesh, param_shardings
@@ -133,6 +133,102 @@ def test_an_export_is_merged(tmp_path, policy32):
     again = load_policy(ours.export(tmp_path / "model"))
     assert again.config == policy32.config
     np.testing.assert_allclose(again.logits(TOKENS), ours.logits(TOKENS), rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def narrow(tokenizer):
+    """A bfloat16 policy with adapters that have learnt little."""
+    policy = random_policy(dataclasses.replace(TINY, dtype="bfloat16"), tokenizer)
+    return changed(policy.with_lora(4, 8.0, targets=("q", "o", "down")), size=0.03)
+
+
+def wide_sums(policy):
+    """W and alpha / rank · A B of every matrix with an adapter, in float64."""
+    lora, flat = policy.config.lora, dict(nnx.to_flat_state(policy.params))
+    for name in lora.targets:
+        matrix, a, b = (
+            np.asarray(flat[path][...], np.float64)
+            for path in (("blocks", name), *(("blocks", "lora", name, part) for part in "ab"))
+        )
+        product = np.einsum("lir,lr...->li...", a, b).reshape(matrix.shape) * lora.scale
+        yield name, matrix, product
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16", "float32"])
+def test_an_export_is_rounded_once_to_the_dtype_that_it_names(tmp_path, narrow, dtype):
+    folder = narrow.export(tmp_path / "model", dtype=dtype)
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["dtype"] == settings["torch_dtype"] == (dtype or "bfloat16")
+    again = load_policy(folder, dtype="float32")
+    assert {str(x.dtype) for x in load_file(folder / "model.safetensors").values()} == {
+        dtype or "bfloat16"
+    }
+    errors = updates = 0.0
+    for name, matrix, product in wide_sums(narrow):
+        found = np.asarray(again.params["blocks"][name][...], np.float64)
+        once = jnp.asarray(matrix + product, jnp.float32).astype(dtype or "bfloat16")
+        np.testing.assert_allclose(found, once.astype(jnp.float32), rtol=0, atol=1e-3)
+        errors += np.square(found - matrix - product).sum()
+        updates += np.square(product).sum()
+    loss = rounding_loss(narrow.params, narrow.config, dtype or "bfloat16")
+    np.testing.assert_allclose(loss, np.sqrt(errors / updates), rtol=0.02, atol=1e-6)
+    expected = {
+        None: (0.02, 1),
+        "bfloat16": (0.02, 1),
+        "float16": (1e-3, 0.1),
+        "float32": (0, 1e-5),
+    }
+    low, high = expected[dtype]
+    assert low <= loss <= high
+
+
+def test_a_float32_export_computes_what_was_trained_in_pytorch(tmp_path, narrow):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    base = {name: matrix + product for name, matrix, product in wide_sums(narrow)}
+    config = dataclasses.replace(narrow.config, lora=None, dtype="float32")
+    exact = random_policy(config, narrow.tokenizer)
+    flat = dict(nnx.to_flat_state(narrow.params))
+    for path, param in (state := dict(nnx.to_flat_state(exact.params))).items():
+        value = base[path[1]] if path[-1] in base else flat[path][...]
+        state[path] = param.replace(jnp.asarray(value, jnp.float32))
+    exact = exact.with_params(nnx.from_flat_state(state), 0)
+
+    def theirs(dtype):
+        folder = narrow.export(tmp_path / dtype, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            return model(torch.tensor(TOKENS)).logits.numpy()
+
+    np.testing.assert_allclose(theirs("float32"), exact.logits(TOKENS), rtol=0, atol=1e-5)
+    assert np.abs(theirs("bfloat16") - exact.logits(TOKENS)).max() > 1e-3
+
+
+def test_what_rounding_takes_from_trained_parameters(policy32):
+    """All of them in float32, from a start in bfloat16: small changes are lost."""
+    start = jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy32.params)
+
+    def loss(relative, dtype="bfloat16"):
+        params = jax.tree.map(lambda x: x.astype(jnp.float32) * (1 + relative), start)
+        return rounding_loss(params, policy32.config, dtype, start)
+
+    assert loss(0.0) == 0.0
+    np.testing.assert_allclose(loss(1e-5), 1.0, atol=0.05)  # all is lost
+    assert 0.001 < loss(0.3) < 0.02
+    assert loss(1e-3, "float32") < 1e-3
+    assert loss(1e-3, "float16") < loss(1e-3)
+
+
+def test_a_dtype_that_cannot_hold_a_weight_is_refused(tmp_path, narrow):
+    flat = dict(nnx.to_flat_state(narrow.params))
+    flat["embed",] = flat["embed",].replace(flat["embed",][...].at[3, 5].set(7e4))
+    large = narrow.with_params(nnx.from_flat_state(flat), 0)
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight: a weight is larger than float16"):
+        large.export(tmp_path / "model", dtype="float16")
+    with pytest.raises(ValueError, match="dtype is 'int8'; expected one of float32"):
+        narrow.export(tmp_path / "model", dtype="int8")
+    assert not list(tmp_path.iterdir())
 
 
 def test_adapters_are_exported_as_peft_names_them(tmp_path):

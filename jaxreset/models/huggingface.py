@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,12 +26,13 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from jaxreset.disk import check_room, writing
 from jaxreset.models import config_json, reading
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.config_json import read_config, read_json
 from jaxreset.models.decoder import Decoder
 from jaxreset.models.reading import INDEX, WEIGHTS, Stored, weight_files
-from jaxreset.parallel import fetch
+from jaxreset.parallel import fetch, is_leader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,11 +44,13 @@ KEPT = ("max_position_embeddings", "bos_token_id", "pad_token_id")
 
 __all__ = [
     "abstract_decoder",
+    "bytes_of",
     "export",
     "load_params",
     "new_folder",
     "read_config",
     "read_metadata",
+    "refuse_existing",
     "tensor_table",
     "weight_files",
     "write_json",
@@ -226,6 +230,8 @@ def export(
 ) -> Path:
     """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
+    Of several processes, which all call it, one writes.
+
     Args:
       path: a folder that does not exist or is empty; see `new_folder`.
       config, params: the decoder's; tensors are stored in `config.dtype`.
@@ -239,7 +245,8 @@ def export(
 
     Raises:
       FileExistsError: something is at `path`.
-      ValueError: no architecture of `transformers` computes this config.
+      ValueError: no architecture of `transformers` computes this config, or float16 can't hold a weight.
+      RunError: there is no room on the disk, or it can't be written; nothing is left there.
     """
     metadata = metadata or {}
     source = metadata.get(CONFIG, {})
@@ -251,7 +258,11 @@ def export(
         **{key: source[key] for key in KEPT if key in source},
     }
 
-    with new_folder(path) as folder:
+    if not is_leader():
+        for _ in _stored_arrays(config, params):  # each process has a part of every array
+            pass
+        return Path(path).expanduser().absolute()
+    with new_folder(path, bytes_of(config)) as folder:
         _write_weights(folder, config, params, shard_bytes)
         tokenizer.save_pretrained(str(folder))
         write_json(folder / CONFIG, description)
@@ -260,23 +271,65 @@ def export(
     return Path(path).expanduser().absolute()
 
 
+def bytes_of(config: DecoderConfig) -> int:
+    """Bytes of all tensors of a folder."""
+    itemsize = jnp.dtype(config.dtype).itemsize
+    return sum(
+        math.prod(tensor.shape) * itemsize * len(tensor.names(config.layers))
+        for tensor in tensor_table(config)
+    )
+
+
+def refuse_existing(path: str | Path) -> Path:
+    """The absolute path of a folder that doesn't exist or is empty.
+
+    Raises:
+      FileExistsError: something is there.
+    """
+    path = Path(path).expanduser().absolute()
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not an empty folder; choose another name")
+    return path
+
+
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def new_folder(path: str | Path, needed: int) -> Iterator[Path]:
     """A folder to write to, which stands beside `path` and in the end becomes it: whole or not at all.
+
+    Args:
+      path: a folder that does not exist or is empty.
+      needed: bytes that will be written, about.
 
     Raises:
       FileExistsError: something is at `path`.
+      RunError: the disk has no room, or can't be written.
     """
-    path = Path(path).expanduser().absolute()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not an empty folder; choose another name")
+    path, what = refuse_existing(path), "the export"
+    check_room(path, needed, what)
     partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    if path.exists():
-        path.rmdir()
-    partial.rename(path)
+    made = [folder for folder in partial.parents if not folder.exists()]
+    try:
+        with writing(path, what, needed):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            for file in partial.iterdir():
+                _flush(file)
+            if path.exists():
+                path.rmdir()
+            partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):  # somebody else may have begun to use it
+                folder.rmdir()
+        raise
+
+
+def _flush(file: Path) -> None:
+    """Some disks notice only here that they are full."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _write_weights(folder: Path, config: DecoderConfig, params: nnx.State, limit: int) -> None:
@@ -305,6 +358,10 @@ def _stored_arrays(config: DecoderConfig, params: nnx.State) -> Iterator[tuple[s
     flat = dict(nnx.to_flat_state(params))
     for tensor in tensor_table(config):
         array = fetch(flat[tensor.path][...].astype(config.dtype))
+        if config.dtype == "float16" and not np.isfinite(array).all():
+            raise ValueError(
+                f"{tensor.name}: a weight is larger than float16 can hold; choose bfloat16 or float32"
+            )
         slots = array if "{}" in tensor.name else array[None]
         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
         for slot, name in zip(slots, tensor.names(config.layers), strict=True):

@@ -26,7 +26,7 @@ from flax import nnx
 
 from jaxreset.models import adapters, huggingface
 from jaxreset.models.block import DecoderConfig
-from jaxreset.models.config_json import read_json
+from jaxreset.models.config_json import check_dtype, read_json
 from jaxreset.models.decoder import Decoder
 from jaxreset.models.lora import LINEAR, LoRA, Target
 from jaxreset.models.precision import computing_decoder
@@ -100,13 +100,27 @@ class Policy:
         params = adapters.merge(self.params, graph=self.graph)
         return dataclasses.replace(self, graph=graph, params=params, config=config)
 
-    def export(self, path: str | Path) -> Path:
-        """Writes a folder that `transformers` loads, adapters merged; see `huggingface.export`."""
-        whole = self.merged()
+    def export(self, path: str | Path, *, dtype: str | None = None) -> Path:
+        """Writes a folder that `transformers` loads, adapters merged; see `huggingface.export`.
+
+        Args:
+          path: a folder that doesn't exist or is empty.
+          dtype: that tensors are rounded to and `config.json` names; None: the policy's. What is trained
+            is float32 at least, so in "float32" nothing of it is lost; see `adapters.rounding_loss`.
+
+        Raises:
+          ValueError: an unknown dtype, and as `huggingface.export`, as other errors.
+        """
+        dtype = dtype or self.config.dtype
+        check_dtype(dtype)
+        huggingface.refuse_existing(path)
+        params = self.params
+        if self.config.lora is not None:
+            params = adapters.merge(params, graph=self.graph, dtype=dtype)
         return huggingface.export(
             path,
-            whole.config,
-            whole.params,
+            dataclasses.replace(self.config, lora=None, dtype=dtype),
+            params,
             self.tokenizer,
             eos_ids=self.eos_ids,
             metadata=self.metadata,

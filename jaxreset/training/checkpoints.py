@@ -17,6 +17,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from jaxreset.config import Checkpoint
+from jaxreset.disk import room
 from jaxreset.errors import RunError
 from jaxreset.models.precision import widened
 from jaxreset.parallel.processes import fetch, gather, is_leader, wait_for_all
@@ -73,6 +74,7 @@ class Checkpoints:
         self._checkpointer: ocp.training.Checkpointer | None = None
         self._saving: tuple[int, Any] | None = None  # a step, and Orbax's word on it
         self._last: int | None = None  # step saved or restored
+        self._needed = 0  # bytes of a checkpoint, at most
 
     def any(self) -> bool:
         """Whether there is a checkpoint, whole or not."""
@@ -95,6 +97,7 @@ class Checkpoints:
         if progress.step == self._last:
             return
         accuracy = (metrics or {}).get(ACCURACY)
+        self._needed = sum(map(_bytes, jax.tree.leaves(state)))
         try:
             saving = self._opened().save_checkpointables_async(
                 progress.step,
@@ -203,9 +206,13 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> RunError:
         self._checkpointer = None  # closing it would raise the same once more
+        known = room(self.path, self._needed)  # before what is left of it makes room
+        if is_leader():
+            for left in self.path.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
         return RunError(
-            f"the checkpoint of step {step} can't be written to {self.path}: {_reason(error)}. Make room "
-            "there, and start the same command again"
+            f"the checkpoint of step {step} can't be written to {self.path}: {_reason(error)} ({known}). "
+            "Make room there, and start the same command again"
         )
 
 
@@ -362,8 +369,19 @@ def _first(reason: str | None) -> str | None:
 
 
 def save_params(path: Path, params: Any) -> None:
-    """Saves parameters once, in place of what a killed run left there."""
-    ocp.save_checkpointables(path, _with_sums(params, PARAMS), overwrite=True)
+    """Saves parameters once, in place of what a killed run left there.
+
+    Raises:
+      RunError: they can't be written.
+    """
+    try:
+        ocp.save_checkpointables(path, _with_sums(params, PARAMS), overwrite=True)
+    except Exception as error:  # Orbax's, of any kind
+        needed = sum(map(_bytes, jax.tree.leaves(params)))
+        raise RunError(
+            f"parameters can't be written to {path}: {_reason(error)} ({room(path, needed)}). Make room "
+            "there, and start the same command again"
+        ) from error
 
 
 def load_params(path: Path, like: Any) -> Any:

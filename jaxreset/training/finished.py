@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import jax
@@ -9,13 +10,20 @@ from flax import nnx
 
 from jaxreset.config import Config
 from jaxreset.errors import ConfigError
-from jaxreset.models.adapters import trained
+from jaxreset.models.adapters import rounding_loss, trained
+from jaxreset.models.huggingface import refuse_existing
 from jaxreset.models.policy import Policy
+from jaxreset.parallel.processes import is_leader, wait_for_all
 from jaxreset.training.checkpoints import Checkpoints, abstract, load_params
 from jaxreset.training.compiles import kept_programs
 from jaxreset.training.evaluate import evaluations
 from jaxreset.training.run_folder import RunFolder
 from jaxreset.training.setup import Experiment, make_experiment
+
+logger = logging.getLogger(__name__)
+
+EXPORTED = ("float32", "bfloat16", "float16")
+LOSS_WORTH_A_WORD = 0.05  # of what was learnt
 
 
 def evaluate_run(config: Config) -> tuple[int, dict[str, float]]:
@@ -25,37 +33,72 @@ def evaluate_run(config: Config) -> tuple[int, dict[str, float]]:
     experiment = make_experiment(config)
     try:
         with kept_programs(folder.compile_cache):
-            step, policy = _latest(experiment, folder)
+            step, policy, _ = _latest(experiment, folder)
             return step, evaluations(experiment, policy, step)
     finally:
         experiment.task.close()
 
 
-def export_run(config: Config, output: Path, *, adapters: bool = False) -> int:
+def export_run(
+    config: Config, output: Path, *, adapters: bool = False, dtype: str | None = None
+) -> int:
     """Writes the run's latest checkpoint as a Hugging Face folder; returns its step.
+
+    A warning says how much of what was learnt is lost where tensors are rounded.
 
     Args:
       config: resolved.
       output: a folder that doesn't exist or is empty.
       adapters: write the LoRA adapters alone, as a PEFT folder.
+      dtype: of the tensors; None: `model.dtype`.
 
     Raises:
-      ConfigError: there are no adapters, or their base is in no folder; or as for a run.
+      ConfigError: there are no adapters, or their base is in no folder; an unknown dtype; or as for a run.
       FileExistsError: something is at `output`.
+      RunError: there is no room on the disk, or it can't be written; nothing is left there.
     """
     if adapters and config.model.lora.rank is None:
         raise ConfigError("model.lora.rank is null: the run has no adapters; export it whole")
     if adapters and config.model.path is None:
         raise ConfigError("model.path is null: no folder holds the adapters' base; export it whole")
+    if adapters and dtype is not None:
+        raise ConfigError(
+            f"--dtype {dtype}: adapters are written as they are, in float32; leave it out"
+        )
+    target = dtype or config.model.dtype
+    if target not in EXPORTED:
+        raise ConfigError(f"--dtype {dtype}: expected one of {', '.join(EXPORTED)}")
+    refuse_existing(output)
     folder = RunFolder(config)
     folder.check_same_policy()
     experiment = make_experiment(config)
-    step, policy = _latest(experiment, folder)
-    if adapters:
-        policy.export_adapters(output, base=str(config.model.path))
-    else:
-        policy.export(output)
+    try:
+        rounded = not adapters and target != "float32"
+        step, policy, start = _latest(experiment, folder, keep_start=rounded)
+        if adapters:
+            policy.export_adapters(output, base=str(config.model.path))
+            return step
+        if rounded:
+            _warn_of_rounding(rounding_loss(policy.params, policy.config, target, start), target)
+        start = None
+        try:
+            policy.export(output, dtype=target)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    finally:
+        experiment.task.close()
+    wait_for_all("the export is written")
     return step
+
+
+def _warn_of_rounding(loss: float, dtype: str) -> None:
+    if loss > LOSS_WORTH_A_WORD and is_leader():
+        logger.warning(
+            "rounding to %s is an error of %.0f%% of the size of what training changed; "
+            "export --dtype float32 keeps all of it",
+            dtype,
+            100 * loss,
+        )
 
 
 def started_from(experiment: Experiment, folder: RunFolder) -> Policy:
@@ -66,10 +109,13 @@ def started_from(experiment: Experiment, folder: RunFolder) -> Policy:
     return experiment.adapted(policy)
 
 
-def _latest(experiment: Experiment, folder: RunFolder) -> tuple[int, Policy]:
-    """The policy of the newest whole checkpoint, and its step.
+def _latest(
+    experiment: Experiment, folder: RunFolder, *, keep_start: bool = False
+) -> tuple[int, Policy, nnx.State | None]:
+    """The policy of the newest whole checkpoint, its step, and what training started from.
 
-    Only its parameters are read, in place of those that training started from.
+    Of the checkpoint only parameters are read, in place of those that training started from, unless these
+    are to be kept and can be told; adapters start from nothing that counts.
     """
     config, policy = experiment.config, started_from(experiment, folder)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
@@ -78,11 +124,14 @@ def _latest(experiment: Experiment, folder: RunFolder) -> tuple[int, Policy]:
             raise ConfigError(
                 f"run.dir {config.run.dir} holds no checkpoint, and model.path is null; train first"
             )
-        return 0, policy
+        return 0, policy, None
     start, frozen = trained(policy.params)
     like = abstract(start, wide=True)
-    for leaf in jax.tree.leaves(start):
-        leaf.delete()  # there may not be room for both
+    known = not config.warm_start.steps or folder.start.is_dir()
+    kept = start if keep_start and known and policy.config.lora is None else None
+    if kept is None:
+        for leaf in jax.tree.leaves(start):
+            leaf.delete()  # there may not be room for both
     params, progress = checkpoints.restore_params(like)
     params = nnx.merge_state(params, frozen)
-    return progress.step, policy.with_params(params, progress.version)
+    return progress.step, policy.with_params(params, progress.version), kept

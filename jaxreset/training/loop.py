@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreset.config import Config
+from jaxreset.disk import naming_full_disk
 from jaxreset.errors import PreemptedError
 from jaxreset.groups import Group, set_advantages
 from jaxreset.models.adapters import trained
@@ -60,14 +61,18 @@ def train(config: Config, display: Display | None = None) -> Result:
       ConfigError: before anything is compiled.
       PreemptedError: after SIGTERM, with the last finished step saved.
       RunError: gradients stopped being finite, the verifier failed on every response, or a checkpoint
-        could not be written, or none of them read.
+        or something else could not be written, or none of the checkpoints read.
     """
     if display is None or not is_leader():
         display = Display(quiet=True)
     folder = RunFolder(config)
     folder.check_writable()
     folder.check_shared()
-    with kept_programs(folder.compile_cache), noticing_preemption() as preemption:
+    with (
+        naming_full_disk(folder.path),
+        kept_programs(folder.compile_cache),
+        noticing_preemption() as preemption,
+    ):
         experiment = make_experiment(config)
         experiment.collector = replace(
             experiment.collector,
@@ -89,8 +94,9 @@ def train(config: Config, display: Display | None = None) -> Result:
     history = folder.history()
     curve = folder.path / "learning_curve.png"
     if is_leader():
-        draw_curve(history, curve, title=config.objective)
-        write_report(folder.path, history, curve)
+        with naming_full_disk(folder.path):
+            draw_curve(history, curve, title=config.objective)
+            write_report(folder.path, history, curve)
         display.summary(history, folder.path, curve)
     return Result(folder.path, history, curve, learner.policy)
 
