@@ -80,11 +80,14 @@ def train(config: Config, display: Display | None = None) -> Result:
             keep_errors=folder.save_verifier_errors,
         )
         folder.claim()
-        trackers = Trackers(config, folder.path)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
+        going_on = checkpoints.any()
+        sent = folder.history() if going_on else []
+        trackers = Trackers(config, folder.path, sent, anew=not going_on)
         try:
             with display:
                 learner = _prepare(experiment, checkpoints, folder, display)
+                trackers.go_on(learner.progress.step if going_on else -1)
                 _loop(experiment, learner, checkpoints, folder, trackers, display)
         finally:
             experiment.task.close()
