@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -280,6 +282,33 @@ def test_a_full_disk_is_one_message(jaxreset, model, tmp_path, monkeypatch):
     assert shown.startswith(f"error: the export can't be written to {tmp_path}/out: No space left")
     assert shown.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+    def full(config):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{tmp_path}/run/metrics.jsonl")
+
+    monkeypatch.setattr(loop, "make_experiment", full)
+    shown = jaxreset("train", f"run.dir={tmp_path}/run", code=1)
+    assert (
+        f"can't be written to {tmp_path}/run/metrics.jsonl: No space left on device (5.0 B" in shown
+    )
+    assert shown.count("\n") == 1
+
+
+def test_half_a_file_is_not_left_on_a_full_disk(tmp_path, monkeypatch):
+    config = load_config(QUICKSTART, [f"run.dir={tmp_path}"])
+    folder = RunFolder(config)
+    folder.claim()
+    write = Path.write_text
+
+    def half(path, text, **options):
+        write(path, text[: len(text) // 2], **options)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space"):
+        folder.claim()
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+    assert load_config(tmp_path / "config.yaml", []) == config
 
 
 def test_export_does_not_overwrite(jaxreset, tmp_path):

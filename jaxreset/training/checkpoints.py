@@ -151,7 +151,9 @@ class Checkpoints:
         Args:
           like: trained parameters, or `abstract` ones, in the dtype that they are trained in.
         """
-        state, progress = self._newest(TrainState(like, (), ()), whole=False, set_aside=False)
+        state, progress = self._newest(
+            TrainState(like, nnx.State({}), nnx.State({})), whole=False, set_aside=False
+        )
         return state.params, progress
 
     def _newest(

@@ -221,8 +221,12 @@ def _cut(file: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 def _write(path: Path, text: str) -> None:
     """Replaces a file at once, so that a kill leaves the old or the new one."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:  # of a full disk, say, which half a file makes no better
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _below(key: str, sections: tuple[str, ...]) -> bool:
