@@ -22,7 +22,7 @@ def evaluate_run(config: Config) -> tuple[int, dict[str, float]]:
     """Accuracy of the run's latest checkpoint, and its step; of the starting policy without one."""
     folder = RunFolder(config)
     folder.check_same_policy()
-    experiment = make_experiment(config)
+    experiment = make_experiment(folder.dated())
     try:
         with kept_programs(folder.compile_cache):
             step, policy = _latest(experiment, folder)
@@ -49,7 +49,7 @@ def export_run(config: Config, output: Path, *, adapters: bool = False) -> int:
         raise ConfigError("model.path is null: no folder holds the adapters' base; export it whole")
     folder = RunFolder(config)
     folder.check_same_policy()
-    experiment = make_experiment(config)
+    experiment = make_experiment(folder.dated())
     step, policy = _latest(experiment, folder)
     if adapters:
         policy.export_adapters(output, base=str(config.model.path))

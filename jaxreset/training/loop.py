@@ -66,6 +66,7 @@ def train(config: Config, display: Display | None = None) -> Result:
     folder = RunFolder(config)
     folder.check_writable()
     folder.check_shared()
+    config = folder.dated()
     with kept_programs(folder.compile_cache), noticing_preemption() as preemption:
         experiment = make_experiment(config)
         experiment.collector = replace(experiment.collector, interrupt=preemption.check)
