@@ -6,7 +6,9 @@ there is to say.
 
 from __future__ import annotations
 
-from typing import Literal
+import datetime
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -31,6 +33,9 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
     )
+
+
+S = TypeVar("S", bound=Section)
 
 
 class FreshModel(Section):
@@ -94,6 +99,12 @@ class TaskConfig(Section):
     )
     processes: PositiveInt = Field(2, description="math: answer-checking processes")
     cpu_seconds: PositiveFloat = Field(5.0, description="math: deadline of one answer")
+    date: datetime.date | None = Field(
+        None, description="what a chat template takes for today; null: the day of the run's start"
+    )
+    enable_thinking: bool | None = Field(
+        None, description="switch of chat templates that have one; null: left to the template"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> TaskConfig:
@@ -152,6 +163,8 @@ class Localizer(Section):
     temperature: NonNegativeFloat | None = Field(
         None, description="null: 0.3, and 0 for layout 1x8 of method=paper"
     )
+    top_p: float | None = Field(None, gt=0, le=1, description="null: sampling.top_p")
+    top_k: NonNegativeInt | None = Field(None, description="0 keeps all; null: sampling.top_k")
     max_tokens: PositiveInt = 8
     max_question_tokens: PositiveInt = Field(128, description="longer ones count as unanswered")
 
@@ -235,6 +248,8 @@ class Eval(Section):
         None, description="null: before and after training only"
     )
     temperature: PositiveFloat = 1.0
+    top_p: float | None = Field(None, gt=0, le=1, description="null: sampling.top_p")
+    top_k: NonNegativeInt | None = Field(None, description="0 keeps all; null: sampling.top_k")
     batch: PositiveInt = 128
 
 
@@ -368,13 +383,23 @@ class Config(Section):
         loss = loss.model_copy(
             update={"aggregation": loss.aggregation or "sequence", "advantage_scale": scale}
         )
-        reset = self.reset
-        if reset.localizer.temperature is None:
-            greedy = self.method == "paper" and reset.layout.startswith("1x")
-            localizer = reset.localizer.model_copy(update={"temperature": 0.0 if greedy else 0.3})
-            reset = reset.model_copy(update={"localizer": localizer})
+        truncation = {"top_p": self.sampling.top_p, "top_k": self.sampling.top_k}
+        greedy = self.method == "paper" and self.reset.layout.startswith("1x")
+        localizer = _filled(
+            self.reset.localizer, {"temperature": 0.0 if greedy else 0.3} | truncation
+        )
+        reset = self.reset.model_copy(update={"localizer": localizer})
         signal = self.train.min_signal_groups
         if signal is None:
             signal = 0 if self.method == "paper" else 4
         train = self.train.model_copy(update={"min_signal_groups": signal})
-        return self.model_copy(update={"loss": loss, "train": train, "reset": reset})
+        evaluation = _filled(self.eval, truncation)
+        return self.model_copy(
+            update={"loss": loss, "train": train, "reset": reset, "eval": evaluation}
+        )
+
+
+def _filled(section: S, choices: Mapping[str, Any]) -> S:
+    """The section with these values where it has null."""
+    missing = {name: value for name, value in choices.items() if getattr(section, name) is None}
+    return section.model_copy(update=missing)

@@ -13,6 +13,9 @@ belongs to it, even where its last bytes begin the next step's text; several occ
 in one token make one boundary. A step also ends at a fixed number of tokens. Neither resets the
 search: an occurrence may begin in one step and end in the next.
 
+A delimiter always ends a step, even an empty one. What follows the last delimiter is a step only if
+it holds more than white space and end-of-sequence tokens.
+
     vocab = token_bytes(tokenizer)
     automaton = build_automaton(vocab, delimiter="</thought>", answer_marker="\\\\boxed{")
     spans = split_steps(automaton, response, max_step_tokens=256, eos_ids=[eos_id])
@@ -32,6 +35,9 @@ Array = Any  # numpy's or jax's, traced or not
 
 DELIMITER, ANSWER, STOP = 1, 2, 4  # bits of StepAutomaton.events
 
+# What a tokenizer calls the tokens that are no text.
+_ROLES = ("bos", "eos", "pad", "unk")
+
 _MAX_STATES = np.iinfo(np.int16).max + 1
 
 
@@ -40,10 +46,13 @@ class StepAutomaton(NamedTuple):
 
     next_state: [states, vocab] int16, the state after a token. A response starts in state 0.
     events: [states, vocab] uint8, the bits DELIMITER, ANSWER, STOP of what ends inside the token.
+    blank: [places, vocab] uint8, how far into white space a token leads, see `_white_space`. Only
+      `split_steps` reads it, so it is None on a device.
     """
 
     next_state: Array
     events: Array
+    blank: Array | None = None
 
 
 class Progress(NamedTuple):
@@ -115,9 +124,14 @@ def split_steps(
 ) -> list[tuple[int, int]]:
     """The steps of a response, as spans [start, end) of its tokens. Host only.
 
-    The spans follow one another without gaps, from 0 to the end of the response. What is left
-    after the last boundary is a step too, unless it holds nothing but end-of-sequence tokens: then
-    the last span ends before them.
+    The spans follow one another without gaps, from 0 to the end of the response, but for its tail
+    of white space: tokens behind the last delimiter that hold nothing but white space (Unicode's, as
+    `str.isspace` has it), end-of-sequence tokens and tokens without bytes are no step, nor part of
+    one, and the last span ends before them. So a response of nothing else has no steps.
+
+    `Progress.steps` counts the steps that have ended, while it can't be known whether more than white
+    space will follow: it may be larger by those that ended in the tail at `max_step_tokens`, and it
+    is smaller by one where the last step was not ended.
 
     Args:
       automaton: the step table, in numpy.
@@ -128,17 +142,40 @@ def split_steps(
     Raises:
       ValueError: as `replay`.
     """
-    ends = _walk(automaton, tokens, max_step_tokens)[1]
-    tail = ends[-1] if ends else 0
-    if not set(map(int, tokens[tail:])) <= set(eos_ids):
+    _, ends, delimited = _walk(automaton, tokens, max_step_tokens)
+    eos = set(eos_ids)
+    for count in range(delimited, len(ends) + 1):
+        tail = ends[count - 1] if count else 0
+        if _is_blank(automaton, tokens[tail:], eos):
+            ends = ends[:count]
+            break
+    else:
         ends.append(len(tokens))
     return list(zip([0, *ends], ends, strict=False))
 
 
+def _is_blank(automaton: StepAutomaton, tokens: Iterable[int], eos: set[int]) -> bool:
+    """Whether these tokens, those of `eos` left out, are white space or nothing."""
+    place = 0
+    for token in map(int, tokens):
+        if token in eos:
+            continue
+        if automaton.blank is None:
+            return False
+        place = int(automaton.blank[place, token])
+        if place == len(automaton.blank) - 1:
+            return False
+    return place == 0
+
+
 def _walk(
     automaton: StepAutomaton, tokens: Sequence[int] | np.ndarray, max_step_tokens: int
-) -> tuple[Progress, list[int]]:
-    """`advance` over one response, in plain integers for speed: the progress, each step's end."""
+) -> tuple[Progress, list[int], int]:
+    """`advance` over one response, in plain integers for speed.
+
+    Returns:
+      The progress, each step's end, and how many steps there are up to the last delimiter.
+    """
     if max_step_tokens < 1:
         raise ValueError(f"max_step_tokens={max_step_tokens}: expected at least 1")
     size = automaton.next_state.shape[1]
@@ -150,7 +187,7 @@ def _walk(
             f"tokens: ids from {ids.min()} to {ids.max()}, but the step automaton knows 0 to "
             f"{size - 1}; build it with the model's vocab_size"
         )
-    state, start, answered = 0, 0, False
+    state, start, answered, delimited = 0, 0, False, 0
     ends: list[int] = []
     for end, token in enumerate(ids.tolist(), start=1):
         events = int(automaton.events[state, token])
@@ -159,13 +196,15 @@ def _walk(
         if events & DELIMITER or end - start >= max_step_tokens:
             ends.append(end)
             start = end
+        if events & DELIMITER:
+            delimited = len(ends)
     progress = Progress(
         state=np.int32(state),
         steps=np.int32(len(ends)),
         step_tokens=np.int32(ids.size - start),
         answered=np.bool_(answered),
     )
-    return progress, ends
+    return progress, ends, delimited
 
 
 def build_automaton(
@@ -211,13 +250,17 @@ def build_automaton(
         )
 
     byte_next, byte_events = _joint_matcher([(text.encode(), bit) for _, text, bit in named])
-    automaton = _lift(byte_next, byte_events, vocab, size)
+    automaton = StepAutomaton(
+        *_lift(byte_next, byte_events, vocab, size),
+        blank=_lift(*_white_space(), vocab, size)[0].astype(np.uint8),
+    )
     possible = _possible_events(automaton)
     for name, text, bit in named:
         if bit != STOP and not possible & bit:
             raise ValueError(
                 f"{name}={text!r}: no sequence of the vocabulary's {len(vocab)} tokens writes it "
-                "(special tokens have no bytes); choose one that the tokenizer can write"
+                "(tokens that begin, end or pad a text have no bytes); choose one that the tokenizer "
+                "can write"
             )
     return automaton
 
@@ -267,10 +310,31 @@ def _matcher(pattern: bytes) -> list[list[int]]:
     return table
 
 
+def _white_space() -> tuple[np.ndarray, np.ndarray]:
+    """Where white space stands after a byte: next place [places, 256] int16, and no events.
+
+    Place 0 is between two characters; those that follow are inside one that takes several bytes in
+    UTF-8; the last is reached, and never left, with anything that isn't white space.
+    """
+    characters = [chr(code).encode() for code in range(0x3001) if chr(code).isspace()]
+    begun = sorted({char[:size] for char in characters for size in range(len(char))})
+    other = len(begun)
+    table = np.full((other + 1, 256), other, np.int16)
+    for char in characters:
+        for size, byte in enumerate(char):
+            ended = size + 1 == len(char)
+            table[begun.index(char[:size]), byte] = 0 if ended else begun.index(char[: size + 1])
+    return table, np.zeros(table.shape, np.uint8)
+
+
 def _lift(
     byte_next: np.ndarray, byte_events: np.ndarray, vocab: Sequence[bytes], size: int
-) -> StepAutomaton:
-    """Runs every token's bytes from every state: all tokens at once, one byte position a time."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Runs every token's bytes from every state: all tokens at once, one byte position a time.
+
+    Returns:
+      [states, size] the state after each token, int16, and the events on the way, uint8.
+    """
     lengths = np.array([len(token) for token in vocab], np.int64)
     order = np.argsort(-lengths, kind="stable")  # longest first: each position needs only a slice
     starts = (np.cumsum(lengths) - lengths)[order]
@@ -288,7 +352,7 @@ def _lift(
 
     columns = np.arange(size)
     columns[order] = np.arange(len(vocab))  # back to the order of ids; padding stays at the end
-    return StepAutomaton(next_state=state[:, columns], events=events[:, columns])
+    return state[:, columns], events[:, columns]
 
 
 def _possible_events(automaton: StepAutomaton) -> int:
@@ -302,20 +366,32 @@ def _possible_events(automaton: StepAutomaton) -> int:
     return bits
 
 
-def token_bytes(tokenizer: Any) -> list[bytes]:
+def silent_ids(tokenizer: Any) -> set[int]:
+    """The tokens that are no text: those that begin, end or pad one, or stand for what can't be spelt.
+
+    The tokenizer names them (`bos_token`, `eos_token`, `pad_token`, `unk_token`). Other special tokens,
+    such as a `</thought>` that was added as one, are text that the policy writes.
+    """
+    ids = (getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES)
+    return {id_ for id_ in ids if id_ is not None}
+
+
+def token_bytes(tokenizer: Any, *, stop_strings: Sequence[str] = ()) -> list[bytes]:
     """The bytes that each token writes, by id, for a fast Hugging Face tokenizer.
 
     The backend's decoder says how the vocabulary spells bytes: byte-level BPE (each byte is a
     printable character, as in GPT-2), Metaspace and byte fallback (`▁` for a space, `<0x0A>` for a
-    byte), or plain text; where there is no decoder, the pre-tokenizer does. Added tokens that are
-    not special stand for their own text. What a decoder does to the text as a whole, such as
-    dropping its first space, belongs to no token and is left out.
+    byte), or plain text; where there is no decoder, the pre-tokenizer does. Added tokens, special
+    ones too, stand for their own text, but for `silent_ids`. What a decoder does to the text as a
+    whole, such as dropping its first space, belongs to no token and is left out.
 
     Args:
       tokenizer: a tokenizer of `transformers`, 4 or 5, that the `tokenizers` library backs.
+      stop_strings: what ends a response may be silent in its text: such tokens in one of these
+        have bytes.
 
     Returns:
-      A list over all ids, of at least len(tokenizer); special tokens and unused ids are b"".
+      A list over all ids, of at least len(tokenizer); silent tokens and unused ids are b"".
 
     Raises:
       TypeError: a slow tokenizer, or a decoder that makes a token's text depend on its neighbours
@@ -329,12 +405,11 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
         )
     spell = _speller(backend)
     added = backend.get_added_tokens_decoder()
-    special = {id_ for id_, token in added.items() if token.special}
-    special.update(tokenizer.all_special_ids)
+    silent = silent_ids(tokenizer)
     ids = backend.get_vocab(with_added_tokens=True)
     out = [b""] * max(len(tokenizer), max(ids.values(), default=-1) + 1)
     for token, id_ in ids.items():
-        if id_ not in special:
+        if id_ not in silent or any(token in stop for stop in stop_strings):
             out[id_] = token.encode() if id_ in added else spell(token)
     return out
 

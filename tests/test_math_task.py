@@ -279,6 +279,27 @@ GOOD = json.dumps(CLIPS) + "\n"
     [
         ("", r"empty; expected at least one problem"),
         ("\n\n", r"empty; expected at least one problem"),
+        (
+            GOOD + '\n{"question": "\\ud83d?", "answer": "1"}',
+            r"train.jsonl, line 3: field 'question' holds half a character, \\ud83d, at position 0",
+        ),
+        (
+            '{"question": "?", "answer": "#### 7\\udc00"}',
+            r"line 1: field 'answer' holds half a character, \\udc00, at position 6",
+        ),
+        ('{"problem": "?", "solution": "\\ud800"}', "line 1: field 'solution' holds half"),
+        ('{"question": NaN, "answer": "1"}', "line 1: field 'question' is nan; expected the prob"),
+        ('{"question": -Infinity, "answer": "1"}', "line 1: field 'question' is -inf"),
+        ('{"question": true, "answer": "1"}', "line 1: field 'question' is True"),
+        ('{"question": ["?"], "answer": "1"}', r"line 1: field 'question' is \['\?'\]"),
+        ('{"question": " \\n", "answer": "1"}', r"line 1: field 'question' is ' \\n'"),
+        (
+            GOOD + '{"question": "a", "question": "b", "answer": "1"}',
+            "line 2: malformed JSON .the field 'question' is there more than once.; expected one",
+        ),
+        ('{"question": "a\0b", "answer": "1"}', "line 1: malformed JSON .Invalid control char"),
+        (GOOD + "\0\0\0\0", "line 2: malformed JSON"),
+        ('{"question": "?", "answer": ' + "9" * 5000 + "}", "line 1: malformed JSON"),
         (GOOD + '{"question": "?', r"line 2: malformed JSON \(.*expected one object a line"),
         (GOOD + GOOD.strip() + GOOD, r"line 2: malformed JSON \(Extra data"),
         (GOOD + "[1, 2]", r"line 2: \[1, 2\]; expected a JSON object with named fields"),
@@ -320,6 +341,12 @@ def test_refused_files(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(GOOD.encode() + b'{"question": "caf\xe9"}')
     with pytest.raises(ValueError, match=r"line 2: malformed JSON \('utf-8' codec can't decode"):
         load_problems(tmp_path / "latin.jsonl")
+    spelt = pa.py_buffer(b"goodcaf\xe9")  # a table is written without being looked at
+    ends = pa.py_buffer(np.array([0, 4, 8], np.int32))
+    questions = pa.StringArray.from_buffers(2, ends, spelt)
+    pq.write_table(pa.table({"question": questions, "answer": ["1", "2"]}), tmp_path / "l.parquet")
+    with pytest.raises(ValueError, match=r"l.parquet, row 2: can't be read \('utf-8' codec can't"):
+        load_problems(tmp_path / "l.parquet")
     (tmp_path / "text.parquet").write_text(GOOD)
     with pytest.raises(ValueError, match=r"text.parquet: not a Parquet file"):
         load_problems(tmp_path / "text.parquet")
@@ -360,6 +387,15 @@ def test_the_localization_question_numbers_the_steps(task):
     assert "417" not in text
     with pytest.raises(ValueError, match="problem 'p': steps is empty"):
         task.localization(Problem("p", "How many?", "417"), [])
+
+
+def test_steps_lose_a_delimiter_that_ends_in_white_space():
+    task = MathTask()
+    task.delimiter = "</thought>\n"
+    text = task.localization(Problem("p", "?", "1"), ["one</thought>\n", "</thought>\n", "two"])
+    assert "Step 1: one\n" in text
+    assert "Step 2: (empty)\n" in text
+    assert "Step 3: two\n" in text
 
 
 def test_the_inline_question_stands_behind_the_attempt(task):

@@ -60,6 +60,23 @@ def configured(**changes):
     return lambda folder: edit_config(folder, **changes)
 
 
+def generating(settings):
+    return overwritten("generation_config.json", json.dumps(settings))
+
+
+def mute(eos):
+    """No other file names an end of a sequence."""
+
+    def change(folder):
+        edit_config(folder, eos_token_id=eos)
+        (folder / "generation_config.json").unlink()
+        tokenizer = word_tokenizer(60)
+        tokenizer.eos_token = None
+        tokenizer.save_pretrained(folder)
+
+    return change
+
+
 def weights(change):
     return lambda folder: edit_weights(folder, change)
 
@@ -91,6 +108,42 @@ REFUSED = [
     (configured(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'; expected a positive number"),
     (configured(hidden_size=...), "hidden_size is None; expected a positive integer"),
     (configured(num_hidden_layers=0), "num_hidden_layers is 0"),
+    (configured(num_hidden_layers=True), "num_hidden_layers is True; expected a positive integer"),
+    (
+        configured(num_attention_heads="4"),
+        "num_attention_heads is '4'; expected a positive integer",
+    ),
+    (configured(hidden_size=32.0), r"hidden_size is 32\.0; expected a positive integer"),
+    (configured(vocab_size=[64]), r"vocab_size is \[64\]; expected a positive integer"),
+    *(
+        (
+            configured(rms_norm_eps=value),
+            f"config.json: rms_norm_eps is {value}; expected a positive",
+        )
+        for value in (float("nan"), float("inf"), -1e-5, 0, 0.0, True)
+    ),
+    (configured(rms_norm_eps=10**400), "rms_norm_eps is 1000.*; expected a positive number"),
+    (rope("llama3", **LLAMA3_KEYS, low_freq_factor=float("nan")), "low_freq_factor is nan"),
+    (configured(rope_parameters={"rope_theta": "1e4"}), "rope_theta is '1e4'"),
+    (configured(rope_parameters=[1e4]), r"rope_parameters is \[10000.0\]; expected an object"),
+    (configured(rope_scaling="llama3"), "rope_scaling is 'llama3'; expected an object"),
+    (configured(tie_word_embeddings="false"), "tie_word_embeddings is 'false'; expected true or"),
+    (configured(layer_types="full_attention"), "layer_types is 'full_attention'; expected a list"),
+    (configured(architectures="Qwen2ForCausalLM"), "architectures is 'Qwen2For.*expected a list"),
+    (configured(model_type=["qwen2"]), r"model_type \['qwen2'\] is not supported"),
+    *(
+        (
+            change({"eos_token_id": value}),
+            f"{file}: eos_token_id is .*; expected a token id, a list of",
+        )
+        for value in ("2", ["2"], [[1, 2]], 2.0, True, [1, None], {"id": 2})
+        for file, change in (
+            ("config.json", lambda changes: configured(**changes)),
+            ("generation_config.json", lambda changes: generating(changes)),
+        )
+    ),
+    (mute(64), r"config.json: eos_token_id is 64; expected ids from 0 to 63.*would ever end"),
+    (mute([-1]), r"config.json: eos_token_id is \[-1\]; expected ids from 0 to 63"),
     (configured(num_key_value_heads=3), "num_attention_heads 4 .* num_key_value_heads 3"),
     (configured(head_dim=7), "head_dim 7 is odd"),
     (without("model.safetensors"), "neither model.safetensors nor model.safetensors.index.json"),
@@ -133,6 +186,29 @@ def test_a_damaged_folder_is_refused_by_name_and_before_computing(
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             load_policy(folder, mesh=mesh)
     assert compiles() == before
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", [Q, "model.embed_tokens.weight", "model.norm.weight"])
+def test_weights_that_are_not_finite_are_refused_by_file_and_tensor(tmp_path, name, number):
+    folder = fixture_folder(tmp_path)
+
+    def spoil(tensors):
+        tensors[name] = tensors[name].copy()
+        tensors[name].flat[-3] = number
+
+    edit_weights(folder, spoil)
+    for dtype, mesh in (("float32", None), ("bfloat16", make_mesh(1, 4, 2))):
+        with pytest.raises(ValueError, match=rf"model.safetensors: tensor {name} holds NaN or inf"):
+            load_policy(folder, dtype=dtype, mesh=mesh)
+
+
+def test_weights_that_a_dtype_cannot_hold_are_refused(tmp_path):
+    folder = fixture_folder(tmp_path)
+    edit_weights(folder, lambda t: t.update({Q: t[Q] + np.float32(1e6)}))
+    load_policy(folder, dtype="bfloat16")
+    with pytest.raises(ValueError, match=rf"{Q} holds NaN or infinite numbers \(as float16\)"):
+        load_policy(folder, dtype="float16")
 
 
 def test_impossible_dtypes_are_refused(tmp_path):

@@ -25,6 +25,7 @@ from jaxreset.models import huggingface, policy
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import load_policy, new_policy
 from jaxreset.models.rotary import RopeScaling
+from jaxreset.sampling import Sampler, StopRules
 
 NAMES = ("llama3", "qwen2", "qwen3")
 TOLERANCE = 1e-4
@@ -213,13 +214,40 @@ def test_a_tokenizer_with_more_ids_than_the_vocabulary_is_refused():
 
 @pytest.mark.parametrize(
     ("generation", "config", "expected"),
-    [(None, None, (1,)), ([4, 3], 2, (1, 2, 3, 4)), (5, [6], (1, 5, 6)), (1, 9_999, (1,))],
+    [
+        (None, None, (1,)),
+        ([4, 3], 2, (1, 2, 3, 4)),
+        (5, [6], (1, 5, 6)),
+        (1, 9_999, (1,)),
+        ([], -1, (1,)),
+    ],
 )
 def test_eos_ids_come_from_the_folder_and_the_tokenizer(tmp_path, generation, config, expected):
     folder = fixture_folder(tmp_path)
     edit_config(folder, eos_token_id=config)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
     assert load_policy(folder).eos_ids == expected
+
+
+def test_texts_leave_out_what_begins_ends_or_pads_them_and_keep_other_special_tokens():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["</thought>", "<|im_end|>", "<|pad|>"], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    sizes = dataclasses.replace(TINY, vocab=320)
+    im_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for eos_ids, shown in (((0,), "<|im_end|>"), ((0, im_end), "")):
+        policy = dataclasses.replace(random_policy(sizes, tokenizer), eos_ids=eos_ids)
+        tokens = policy.encode("ten</thought> and\n</thought><|im_end|><eos><|pad|><|pad|>")
+        assert im_end in tokens
+        assert policy.decode(tokens) == f"ten</thought> and\n</thought>{shown}"
+        assert policy.decode([319, *tokens[:1]]) == policy.decode(
+            tokens[:1]
+        )  # an id without a token
+        assert policy.decode([]) == ""
+        sampler = Sampler.for_policy(policy, StopRules(99), delimiter="</thought>")
+        response = policy.encode("ten</thought> and</thought>\n<eos>")
+        steps = [policy.decode(response[a:b]) for a, b in sampler.steps(response)]
+        assert steps == ["ten</thought>", " and</thought>"]
 
 
 def test_policies_of_one_config_share_a_compiled_program():

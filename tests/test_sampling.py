@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections import Counter
 
 import jax
@@ -14,6 +16,7 @@ from scipy import stats
 from jaxreset.groups import Group
 from jaxreset.microbatches import PackShape, pack
 from jaxreset.sampling import Sampler, Shape, Snapshot, StopReason, StopRules, Stream
+from jaxreset.sampling.checks import check_snapshots
 from jaxreset.steps import build_automaton, token_bytes
 from jaxreset.training.compiles import compiles
 from jaxreset.training.update import exists, score
@@ -450,7 +453,71 @@ def test_nothing_compiles_after_compile(policy32, compiled):
     assert compiles() == before
 
 
+def test_a_resume_with_a_stream_that_was_used_repeats_no_noise(policy64, sampler):
+    def branches(parent, stream):
+        """From before each row's first step, numbered as the row: the same noise draws the same row."""
+        cells = all_rows(parent)
+        snapshots = [Snapshot(parent, g, r, int(parent.prompt_lengths[g])) for g, r in cells]
+        numbers = [r for _, r in cells]
+        return sampler.resume(policy64, snapshots, rows=1, stream=stream, first_rows=numbers)
+
+    def same(a, b):
+        rows = zip(a.tokens.reshape(32, -1), b.tokens.reshape(32, -1), strict=True)
+        return sum(np.array_equal(x, y) for x, y in rows)
+
+    first, second = Stream(5, 2), Stream(5, 2, phase=1)
+    base = sampler.sample(policy64, random_prompts(), rows=4, stream=first)
+    again = sampler.sample(policy64, random_prompts(), rows=4, stream=first)
+    assert same(base, again) == 32
+    child = branches(base, first)
+    assert same(child, base) < 5
+    assert same(child, branches(base, first)) == 32  # the same call draws the same
+    assert same(child, branches(base, second)) < 5
+    assert branches(base, second).streams == (first, second)  # one that is new is taken as it is
+    # Whatever is given to a chain of resumes, no two of its rounds share their noise.
+    chain = [base, child]
+    for stream in (first, second, second, first, child.streams[-1]):
+        chain.append(branches(chain[-1], stream))
+    assert max(same(a, b) for a, b in itertools.combinations(chain, 2)) < 5
+    assert len(set(chain[-1].streams)) == len(chain)
+
+
 # Errors
+
+
+def test_snapshots_belong_to_the_weights_that_drew_them(policy32, sampler):
+    base = sampler.sample(policy32, [[5, 6]], rows=4, stream=Stream(0))
+    snapshots = [Snapshot(base, 0, 0, 3)]
+    twin = policy32.with_params(jax.tree.map(jnp.copy, policy32.params), policy32.version)
+    with pytest.raises(
+        ValueError, match=r"other weights .* both are of version 7: .* sample again"
+    ):
+        sampler.resume(policy32.with_lora(1, 1.0), snapshots, rows=1, stream=Stream(1))
+    with pytest.raises(ValueError, match="other weights"):
+        sampler.resume(twin, snapshots, rows=1, stream=Stream(1))
+    # The same arrays are the same weights, whatever holds them; a round knows no more of them.
+    graph, params = nnx.split(nnx.merge(policy32.graph, policy32.params))
+    check_snapshots(snapshots, dataclasses.replace(policy32, graph=graph, params=params))
+    theirs = sampler.sample(twin, [[5, 6]], rows=4, stream=Stream(0))
+    check_snapshots([Snapshot(theirs, 0, 0, 3)], twin)
+    del twin
+    with pytest.raises(ValueError, match="other weights"):
+        check_snapshots([Snapshot(theirs, 0, 0, 3)], policy32)
+    assert {reference() for reference in theirs.weights} == {None}
+
+
+def test_a_policy_of_another_vocabulary_is_refused(policy32, sampler):
+    wider = dataclasses.replace(policy32, config=dataclasses.replace(policy32.config, vocab=40))
+    with pytest.raises(
+        ValueError, match="its vocabulary is 40, the sampler's step table is for 28"
+    ):
+        sampler.sample(wider, [[5, 6]], rows=4, stream=Stream(0))
+
+
+def test_a_delimiter_that_texts_leave_out_is_refused(policy32):
+    for pattern in ({"delimiter": "<eos>"}, {"delimiter": "\n", "answer_marker": "x<pad>"}):
+        with pytest.raises(ValueError, match=f"{list(pattern)[-1]}=.*is left out of it; choose"):
+            Sampler.for_policy(policy32, StopRules(9), **pattern)
 
 
 def test_bad_calls_are_refused_with_their_values(policy32, sampler):

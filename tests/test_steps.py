@@ -1,8 +1,10 @@
 """Step boundaries on token ids, held against a plain search of the decoded bytes."""
 
 import bisect
+import copy
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,17 @@ def expected(vocab, tokens, delimiter, max_step_tokens):
         finished, count = finished + ended, count * (not ended)
         rows.append((ended, finished, count, min(answers, default=i + 1) <= i, i in stops))
     return rows
+
+
+def search_boundaries(vocab, tokens, delimiter):
+    """By search, the numbers of tokens behind which the delimiter has just occurred."""
+    cumulative = np.cumsum([len(vocab[token]) for token in tokens]).tolist()
+    found = search(b"".join(vocab[token] for token in tokens), delimiter.encode())
+    return {bisect.bisect_left(cumulative, end) + 1 for end in found}
+
+
+def text_of(vocab, tokens):
+    return b"".join(vocab[token] for token in tokens).decode(errors="replace")
 
 
 def start(shape=()):
@@ -181,9 +194,16 @@ def test_against_search(bpe_vocab, crafted, delimiter):
         assert replayed == progress
         assert [x.dtype for x in replayed] == [np.int32, np.int32, np.int32, np.bool_]
 
-        boundaries = {0, *(i + 1 for i, row in enumerate(want) if row[0]), len(tokens)}
+        boundaries = [0, *(i + 1 for i, row in enumerate(want) if row[0])]
+        delimited = search_boundaries(vocab, tokens, delimiter)
+        # Up to the first boundary, from the last delimiter on, that only white space follows.
+        tails = [end for end in boundaries if end >= max(delimited, default=0)]
+        blank = [end for end in tails if not text_of(vocab, tokens[end:]).strip()]
+        kept = (
+            [end for end in boundaries if end <= blank[0]] if blank else [*boundaries, len(tokens)]
+        )
         spans = steps.split_steps(automaton, tokens, max_step_tokens=limit)
-        assert spans == list(itertools.pairwise(sorted(boundaries)))
+        assert spans == list(itertools.pairwise(kept))
 
     check()
 
@@ -222,7 +242,7 @@ def ends(delimiter, tokens, limit=1000):
         ("\n\n", ids(b"\n", b"\n", b"\n", b"x"), [2, 4]),
         ("\n\n", ids(b"\n\n\n", b"\n", b"x"), [1, 2, 3]),
         ("\n\n", ids(b"\n\n\n", b"x", b"\n"), [1, 3]),
-        ("\n\n", ids(b"", b"\n", b"", b"\n", b""), [4, 5]),
+        ("\n\n", ids(b"", b"\n", b"", b"\n", b"", b"x"), [4, 6]),
     ],
 )
 def test_boundaries(delimiter, tokens, want):
@@ -261,6 +281,71 @@ def test_end_of_sequence_tokens_alone_are_no_step():
     assert spans([*ids(b"ab\nc"), eos]) == [(0, 3), (3, 5)]
     assert spans([*ids(b"ab\n"), eos, *b"c"]) == [(0, 3), (3, 5)]
     assert spans([*ids(b"abcd"), eos]) == [(0, 5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("one</thought>two</thought>\n\n<eos>", 2),
+        ("one</thought>two</thought> \t\r\n\x0b\x0c<eos>", 2),
+        ("one</thought>two</thought>\u3000\u2028\xa0<eos>", 2),  # of two and three bytes each
+        ("one</thought>two</thought>\n<pad>\n<eos>\n<eos>", 2),
+        ("one</thought>two</thought>\n\n", 2),  # cut before the end of the sequence
+        ("one</thought>two</thought>", 2),
+        ("one</thought>\n\n</thought>two</thought>\n<eos>", 3),  # a delimiter ends an empty step
+        ("one</thought>two</thought></thought>\n<eos>", 3),
+        ("one</thought>two</thought>\n.<eos>", 3),
+        ("one</thought>two</thought>\u200b<eos>", 3),  # no white space to Python
+        ("one</thought>two</thought>\n</thou<eos>", 3),
+        ("one</thought>two", 2),
+        ("\n \n<eos>", 0),
+        ("</thought>\n<eos>", 1),
+        ("", 0),
+    ],
+)
+@pytest.mark.parametrize("limit", [4, 1000])
+def test_white_space_behind_the_last_delimiter_is_no_step(text, count, limit):
+    vocab = [*SYNTHETIC, b"", b""]
+    eos, pad = len(vocab) - 2, len(vocab) - 1
+    tokens = []
+    for part in re.split("(<eos>|<pad>|</thought>)", text):
+        special = {"<eos>": [eos], "<pad>": [pad]}
+        tokens += special.get(part, list(part.encode()))
+    automaton = steps.build_automaton(vocab, delimiter=THOUGHT)
+    spans = steps.split_steps(automaton, tokens, max_step_tokens=limit, eos_ids=[eos])
+    shown = [text_of(vocab, tokens[a:b]) for a, b in spans]
+    whole = "".join(shown)
+    assert text.replace("<eos>", "").replace("<pad>", "").startswith(whole)
+    if limit == 1000:
+        assert len(spans) == count
+        # No step of white space alone but where a delimiter ends it.
+        assert all(step.strip() for step in shown)
+    assert [a for a, _ in spans[1:]] == [b for _, b in spans[:-1]]
+    finished = steps.replay(automaton, tokens, max_step_tokens=limit).steps
+    assert finished >= len(spans) - 1
+
+
+@pytest.mark.parametrize("delimiter", ["\n", "\n\n", " END"])
+def test_delimiters_of_white_space(delimiter):
+    def texts(text):
+        tokens = list(text.encode())
+        automaton = table(tuple(SYNTHETIC), delimiter)
+        spans = steps.split_steps(automaton, tokens, max_step_tokens=1000)
+        return [text[a:b] for a, b in spans]
+
+    d = delimiter
+    assert texts(f"a{d}b{d}") == [f"a{d}", f"b{d}"]
+    assert texts(f"a{d}b{d} ") == [f"a{d}", f"b{d}"]
+    assert texts(f"a{d}{d}b") == [f"a{d}", d, "b"]  # a blank line is an empty step
+    assert texts(f"a{d}b{d}{d[:-1]}") == [f"a{d}", f"b{d}"] + ([" EN"] if d == " END" else [])
+
+
+def test_white_space_is_pythons():
+    automaton = table(tuple(SYNTHETIC), THOUGHT)
+    for code in [*range(0x3100), 0xFEFF, 0x1F600]:
+        tokens = [*b"x</thought>", *chr(code).encode()]
+        spans = steps.split_steps(automaton, tokens, max_step_tokens=1000)
+        assert len(spans) == (1 if chr(code).isspace() else 2), hex(code)
 
 
 @pytest.mark.parametrize("tokens", [[700], [-1], [0.5], [[1, 2]]])
@@ -361,6 +446,59 @@ def test_what_becomes_special_later_has_no_bytes():
     assert steps.token_bytes(tokenizer) == [b"a", b"b"]
     tokenizer.eos_token = "b"
     assert steps.token_bytes(tokenizer) == [b"a", b""]
+
+
+def with_tags(byte_level, *tags):
+    """The byte-level tokenizer with special tokens for these texts."""
+    tokenizer = copy.deepcopy(byte_level)
+    tokenizer.add_tokens(list(tags), special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("delimiter", "text"),
+    [
+        (THOUGHT, "one</thought>two</thought>\n<eos>"),
+        (THOUGHT, "one</thought>\ntwo"),
+        (THOUGHT, "one</thought>two<eos><|pad|>"),
+        ("</thought>\n", "one</thought>\ntwo</thought></thought>\n<eos>"),  # special, then text
+        ("\n</thought>", "one</thought>\n</thought>two\n</thought><eos>"),
+        ("<end></thought>", "one<end></thought>two</thought><end></thought><eos>"),  # two of them
+    ],
+)
+def test_a_delimiter_that_is_a_special_token_is_found_by_its_id(byte_level, delimiter, text):
+    tokenizer = with_tags(byte_level, THOUGHT, "<end>")
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.convert_tokens_to_ids(THOUGHT) in tokens
+    vocab = steps.token_bytes(tokenizer)
+    automaton = steps.build_automaton(vocab, delimiter=delimiter)
+    eos = [tokenizer.eos_token_id]
+    spans = steps.split_steps(automaton, tokens, max_step_tokens=99, eos_ids=eos)
+    shown = text.replace("<eos>", "").replace("<|pad|>", "").rstrip()
+    assert len(spans) == 2
+    assert "".join(text_of(vocab, tokens[a:b]) for a, b in spans).rstrip() == shown
+    assert text_of(vocab, tokens[slice(*spans[0])]).endswith(delimiter)
+
+
+def test_markers_and_stop_strings_that_are_special_tokens_are_found_by_their_ids(byte_level):
+    tokenizer = with_tags(byte_level, "<answer>", "<|im_end|>")
+    stops = ["<|im_end|>", "<|pad|>", "x<eos>"]  # a stop string may be a token that is no text
+    vocab = steps.token_bytes(tokenizer, stop_strings=stops)
+    automaton = steps.build_automaton(
+        vocab, delimiter="\n", answer_marker="<answer>", stop_strings=stops
+    )
+    tokens = tokenizer.encode("a<answer>b<|im_end|>c<eos>d<|pad|>x<eos>", add_special_tokens=False)
+    rows, _ = walk(automaton, tokens, 99)
+    text = [tokenizer.convert_ids_to_tokens(token) for token in tokens]
+    assert text[[row[3] for row in rows].index(True)] == "<answer>"
+    assert [t for t, row in zip(text, rows, strict=True) if row[4]] == [
+        "<|im_end|>",
+        "<|pad|>",
+        "<eos>",
+    ]
+    assert rows[-1][4]
+    assert steps.token_bytes(tokenizer)[tokenizer.pad_token_id] == b""
 
 
 def test_byte_level_entries_that_spell_no_bytes_are_their_own_text():

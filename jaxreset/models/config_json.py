@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ def read_config(path: str | Path, *, dtype: str = "float32") -> DecoderConfig:
     check_dtype(dtype)
     file = Path(path) / FILE
     raw = read_json(file)
-    family, architectures = raw.get("model_type"), raw.get("architectures")
-    if family not in ARCHITECTURES or ARCHITECTURES[family] not in (
+    family, architectures = raw.get("model_type"), _listed(file, raw, "architectures")
+    if not isinstance(family, str) or ARCHITECTURES.get(family) not in (
         architectures or ARCHITECTURES.values()
     ):
         raise ValueError(
@@ -53,19 +54,23 @@ def read_config(path: str | Path, *, dtype: str = "float32") -> DecoderConfig:
             f"expected one of {', '.join(ARCHITECTURES.values())}"
         )
     # Where both are given, transformers prefers the older name too.
-    rope = {**(raw.get("rope_parameters") or {}), **(raw.get("rope_scaling") or {})}
+    rope = _section(file, raw, "rope_parameters") | _section(file, raw, "rope_scaling")
     for key, ours in FIXED.items():
         for value in (raw.get(key), rope.get(key)):
             if value is not None and value != ours:
                 raise ValueError(f"{file}: {key} is {value!r}; only {ours!r} is supported")
-    if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+    if any(kind != "full_attention" for kind in _listed(file, raw, "layer_types")):
         raise ValueError(f"{file}: layer_types holds more than 'full_attention', all we support")
 
     def size(key: str, default: int | None = None) -> int:
         value = default if raw.get(key) is None else raw[key]
-        if not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{file}: {key} is {value!r}; expected a positive integer")
         return value
+
+    tied = raw.get("tie_word_embeddings")
+    if not isinstance(tied, bool | None):
+        raise ValueError(f"{file}: tie_word_embeddings is {tied!r}; expected true or false")
 
     width, heads = size("hidden_size"), size("num_attention_heads")
     config = DecoderConfig(
@@ -81,7 +86,7 @@ def read_config(path: str | Path, *, dtype: str = "float32") -> DecoderConfig:
         norm_eps=_number(file, raw, "rms_norm_eps", 1e-6),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_embeddings=bool(tied),
         dtype=dtype,
     )
     if config.heads % config.kv_heads:
@@ -165,9 +170,41 @@ def check_dtype(dtype: str) -> None:
 
 def _number(file: Path, source: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = default if source.get(key) is None else source[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    # Python reads NaN, Infinity and integers of any length as JSON; no float holds the longest.
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+    if not 0 < number <= sys.float_info.max:
         raise ValueError(f"{file}: {key} is {value!r}; expected a positive number")
-    return float(value)
+    return float(number)
+
+
+def _section(file: Path, source: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = source.get(key)
+    if not isinstance(value, dict | None):
+        raise ValueError(f"{file}: {key} is {value!r}; expected an object with keys of its own")
+    return value or {}
+
+
+def _listed(file: Path, source: Mapping[str, Any], key: str) -> list[Any]:
+    value = source.get(key)
+    if not isinstance(value, list | None):
+        raise ValueError(f"{file}: {key} is {value!r}; expected a list")
+    return value or []
+
+
+def eos_token_ids(file: Path, settings: Mapping[str, Any]) -> list[int]:
+    """What `eos_token_id` of a `config.json` or `generation_config.json` names: an id, several or none.
+
+    Raises:
+      ValueError: anything else; names the file.
+    """
+    value = settings.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for id_ in ids:
+        if isinstance(id_, bool) or not isinstance(id_, int):
+            raise ValueError(
+                f"{file}: eos_token_id is {value!r}; expected a token id, a list of them, or null"
+            )
+    return ids
 
 
 def _rope_scaling(file: Path, rope: Mapping[str, Any]) -> RopeScaling | None:

@@ -132,7 +132,8 @@ def load_params(
 
     Raises:
       FileNotFoundError: no weights, or a shard of the index is not there.
-      ValueError: a truncated file; a missing, unknown, misshapen or non-float tensor.
+      ValueError: a truncated file; a missing, unknown, misshapen or non-float tensor; one that
+        holds NaN or an infinity.
     """
     config_json.check_dtype(config.dtype)
     folder = Path(path)
@@ -145,7 +146,7 @@ def load_params(
     # The largest first, while most memory is free.
     for tensor in sorted(table, key=lambda tensor: math.prod(tensor.shape), reverse=True):
         param = flat[tensor.path]
-        sources = [stored[name] for name in tensor.names(config.layers)]
+        sources = {name: stored[name] for name in tensor.names(config.layers)}
         sharding = where[tensor.path].get_value() if where else None
         read = partial(_read, tensor, sources, param.shape, param.dtype)
         flat[tensor.path] = param.replace(reading.place(param.shape, read, sharding))
@@ -154,20 +155,31 @@ def load_params(
 
 def _read(
     tensor: Tensor,
-    sources: Sequence[Stored],
+    sources: Mapping[str, Stored],
     shape: tuple[int, ...],
     dtype: np.dtype,
     index: reading.Index,
 ) -> np.ndarray:
-    """The part at `index` of a parameter of that shape, from the tensors that hold its layers."""
+    """The part at `index` of a parameter of that shape, from the tensors that hold its layers.
+
+    Raises:
+      ValueError: NaN or an infinity in it; names file and tensor.
+    """
+    tensors = list(sources.items())
     part = np.empty([len(range(n)[axis]) for n, axis in zip(shape, index, strict=True)], dtype)
     slots = part[None]
     if "{}" in tensor.name:
-        sources, shape, index, slots = sources[index[0]], shape[1:], index[1:], part
-    for slot, source in zip(slots, sources, strict=True):
+        tensors, shape, index, slots = tensors[index[0]], shape[1:], index[1:], part
+    for slot, (name, source) in zip(slots, tensors, strict=True):
         whole = source.view()
         # Splitting an axis into heads copies nothing, so only what the index takes is read.
-        slot[...] = (whole.T if tensor.transposed else whole).reshape(shape)[index]
+        with np.errstate(over="ignore"):  # what the dtype can't hold becomes infinite
+            slot[...] = (whole.T if tensor.transposed else whole).reshape(shape)[index]
+        if not reading.all_finite(slot):
+            raise ValueError(
+                f"{source.file}: tensor {name} holds NaN or infinite numbers (as {part.dtype}); the "
+                "checkpoint is damaged, or its training had diverged"
+            )
     return part
 
 

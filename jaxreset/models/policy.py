@@ -12,10 +12,12 @@ It is immutable; training makes a new one at every step, which costs nothing.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +28,13 @@ from flax import nnx
 
 from jaxreset.models import adapters, huggingface
 from jaxreset.models.block import DecoderConfig
-from jaxreset.models.config_json import check_dtype, read_json
+from jaxreset.models.config_json import check_dtype, eos_token_ids, read_json
 from jaxreset.models.decoder import Decoder
+from jaxreset.models.encoding import prompt_tokens
 from jaxreset.models.lora import LINEAR, LoRA, Target
 from jaxreset.models.precision import computing_decoder
 from jaxreset.parallel import check_sizes, param_shardings
+from jaxreset.steps import silent_ids
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -71,9 +75,24 @@ class Policy:
         """`[B, T]` right-padded token ids -> `[B, T, V]` logits, float32 at least; jitted."""
         return _logits(self.graph, self.params, jnp.asarray(tokens))
 
+    @property
+    def weights(self) -> tuple[weakref.ReferenceType[Any], ...]:
+        """Tells these parameters from any others, without keeping them: references to their arrays."""
+        return tuple(weakref.ref(leaf) for leaf in jax.tree.leaves(self.params))
+
+    def encode(self, text: str) -> np.ndarray:
+        """A prompt's text -> token ids `[t]` int32 to continue from; see `encoding.prompt_tokens`."""
+        return prompt_tokens(self.tokenizer, [text])[0]
+
     def decode(self, tokens: ArrayLike) -> str:
-        """Token ids `[t]` -> text, special tokens left out."""
-        return str(self.tokenizer.decode(np.asarray(tokens), skip_special_tokens=True))
+        """Token ids `[t]` -> text. Left out: `eos_ids`, and what is no text, see `steps.silent_ids`."""
+        ids = np.asarray(tokens)
+        written = ids[~np.isin(ids, self._silent)]
+        return str(self.tokenizer.decode(written, skip_special_tokens=False))
+
+    @cached_property
+    def _silent(self) -> list[int]:
+        return sorted({*self.eos_ids, *silent_ids(self.tokenizer)})
 
     def with_params(self, params: nnx.State, version: int) -> Policy:
         """The same policy with other parameters."""
@@ -150,19 +169,20 @@ def load_policy(
 
     Raises:
       FileNotFoundError: no such folder or Hub name, or one of its files is missing.
-      ValueError: an unsupported model, damaged weights, or a tokenizer that doesn't fit.
+      ValueError: an unsupported model, damaged or non-finite weights, or a tokenizer or
+        end-of-sequence ids that don't fit.
     """
     folder = _folder(path_or_name)
     config = huggingface.read_config(folder, dtype=dtype)
     metadata = huggingface.read_metadata(folder)
     tokenizer = _load_tokenizer(folder)
     _check_tokenizer(tokenizer, config, str(folder))
+    eos_ids = _eos_ids(config, tokenizer, metadata, folder)
     if mesh is not None:
         check_sizes(mesh, heads=config.heads, mlp=config.mlp, width=config.width)
     graph, abstract = huggingface.abstract_decoder(config)
     shardings = None if mesh is None else param_shardings(mesh, abstract)
     params = huggingface.load_params(folder, config, shardings)
-    eos_ids = _eos_ids(config, tokenizer, metadata)
     return Policy(graph, params, config, tokenizer, eos_ids, metadata=metadata)
 
 
@@ -236,12 +256,21 @@ def _eos_ids(
     config: DecoderConfig,
     tokenizer: PreTrainedTokenizerBase,
     metadata: Mapping[str, Mapping[str, Any]],
+    folder: Path = Path(),
 ) -> tuple[int, ...]:
-    """All that the folder calls an end of sequence; ids beyond the vocabulary can't be sampled."""
-    ids: set[int] = set()
-    for value in (
-        tokenizer.eos_token_id,
-        *(settings.get("eos_token_id") for settings in metadata.values()),
-    ):
-        ids.update(value if isinstance(value, list) else () if value is None else (value,))
-    return tuple(sorted(i for i in ids if 0 <= i < config.vocab))
+    """All that the folder calls an end of sequence; ids beyond the vocabulary can't be sampled.
+
+    Raises:
+      ValueError: a value that is no id, or ids of which none can be sampled; names file and key.
+    """
+    own = tokenizer.eos_token_id
+    named = {name: eos_token_ids(folder / name, values) for name, values in metadata.items()}
+    every = {*(() if own is None else (own,)), *itertools.chain.from_iterable(named.values())}
+    ids = tuple(sorted(i for i in every if 0 <= i < config.vocab))
+    if every and not ids:
+        name = next(name for name, values in named.items() if values)
+        raise ValueError(
+            f"{folder / name}: eos_token_id is {metadata[name]['eos_token_id']!r}; expected ids from 0 "
+            f"to {config.vocab - 1}, the vocabulary: no response would ever end"
+        )
+    return ids

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
+from jaxreset.models.policy import Policy
 from jaxreset.sampling.rounds import Snapshot
+from jaxreset.steps import silent_ids
 
 
 def check_prompts(
@@ -33,8 +37,29 @@ def check_prompts(
             raise ValueError(f"kept: {count} of prompt {n}, expected 0 to its {len(prompt)} tokens")
 
 
-def check_snapshots(snapshots: Sequence[Snapshot], version: int) -> None:
-    """All of one round, inside their rows, and drawn by the weights of `version`."""
+def check_patterns(policy: Policy, **patterns: str | None) -> None:
+    """Of tokens that texts show: a step's end is looked for in the same text as its verifier reads."""
+    for id_ in {*policy.eos_ids, *silent_ids(policy.tokenizer)}:
+        token: Any = policy.tokenizer.convert_ids_to_tokens(id_)
+        for name, text in patterns.items():
+            if text and token and token in text:
+                raise ValueError(
+                    f"{name}={text!r}: {token!r} begins, ends or pads a text and is left out of it; choose "
+                    "another"
+                )
+
+
+def check_policy(vocab: int, known: int) -> None:
+    """The step table knows the tokens that the policy draws."""
+    if vocab != known:
+        raise ValueError(
+            f"policy: its vocabulary is {vocab}, the sampler's step table is for {known}; make a "
+            "sampler for this policy"
+        )
+
+
+def check_snapshots(snapshots: Sequence[Snapshot], policy: Policy) -> None:
+    """All of one round, inside their rows, and drawn by this policy's weights."""
     if not snapshots:
         raise ValueError("snapshots: none given, expected at least one to resume")
     parent = snapshots[0].round
@@ -47,10 +72,21 @@ def check_snapshots(snapshots: Sequence[Snapshot], version: int) -> None:
                 f"snapshot length {s.length}: row {s.row} of group {s.group} has a prompt of "
                 f"{parent.prompt_lengths[s.group]} tokens and ends at {longest}"
             )
-    if parent.version != version:
+    if parent.version != policy.version:
         raise ValueError(
             f"snapshots were drawn by weights of version {parent.version}, the policy is at "
-            f"version {version}: their keys and values are stale; sample again"
+            f"version {policy.version}: their keys and values are stale; sample again"
+        )
+    # Versions count from 0 in every policy. What has been freed is nobody's: a dead reference is None.
+    drew = [reference() for reference in parent.weights]
+    ours = jax.tree.leaves(policy.params)
+    if drew and (
+        len(drew) != len(ours) or any(a is not b for a, b in zip(drew, ours, strict=True))
+    ):
+        raise ValueError(
+            f"snapshots were drawn by other weights than the policy's, though both are of version "
+            f"{policy.version}: their keys and values aren't its own; resume with the policy that "
+            "sampled, or sample again"
         )
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import ReferenceType
 
 import numpy as np
 
 from jaxreset.models.decoder import Store
 
 NO_LIMIT = 2**30  # tokens or steps
+PHASES_APART = 0x9E3779B9  # odd, so that adding it meets every phase before one comes again
 
 
 class StopReason(enum.IntEnum):
@@ -62,6 +65,19 @@ class Stream(NamedTuple):
     phase: int = 0
 
 
+def apart(stream: Stream, used: Sequence[Stream]) -> Stream:
+    """The stream, or where it was `used` the first that wasn't, in phases far from any that are counted.
+
+    >>> apart(Stream(7, phase=1), [Stream(7)])
+    Stream(seed=7, step=0, phase=1)
+    >>> apart(Stream(7), [Stream(7)])
+    Stream(seed=7, step=0, phase=2654435769)
+    """
+    while stream in used:
+        stream = stream._replace(phase=(int(stream.phase) + PHASES_APART) % 2**32)
+    return stream
+
+
 class Pages(NamedTuple):
     """Keys and values of N groups of K rows, as far as they were drawn.
 
@@ -110,6 +126,8 @@ class Round:
       lane_steps: decoding steps times lanes; what `lengths.sum()` falls short of it was idle.
       prefix_reads: decoding steps times the prefixes that were attended to.
       held: its keys and values; none: `resume` prefills.
+      weights: the policy's that drew it, see `Policy.weights`; empty: unknown.
+      streams: that drew it: those of the rounds that it goes back to, and its own, the last.
     """
 
     ids: np.ndarray
@@ -125,6 +143,8 @@ class Round:
     lane_steps: int
     prefix_reads: int
     held: tuple[Held, ...]
+    weights: tuple[ReferenceType[Any], ...] = ()
+    streams: tuple[Stream, ...] = ()
 
     def suffix(self, group: int, row: int) -> np.ndarray:
         """The tokens that a row drew."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from jaxreset.models.policy import Policy
 from jaxreset.parallel import device_bytes
 from jaxreset.sampling.checks import (
     check_draws,
+    check_patterns,
+    check_policy,
     check_prompts,
     check_questions,
     check_snapshots,
@@ -23,7 +26,16 @@ from jaxreset.sampling.decoding import Limits
 from jaxreset.sampling.drawing import Rows, Spent, make_start, pad_start
 from jaxreset.sampling.places import dealt, places_on, room_for
 from jaxreset.sampling.programs import Programs, cache_bytes
-from jaxreset.sampling.rounds import NO_LIMIT, Held, Round, Shape, Snapshot, StopRules, Stream
+from jaxreset.sampling.rounds import (
+    NO_LIMIT,
+    Held,
+    Round,
+    Shape,
+    Snapshot,
+    StopRules,
+    Stream,
+    apart,
+)
 from jaxreset.sampling.streams import deal, run_side_by_side
 from jaxreset.sampling.tokens import Draws
 from jaxreset.steps import (
@@ -93,7 +105,8 @@ class Sampler:
             np.int32(stop.max_step_tokens or 0),
             np.asarray(self.eos_ids or (-1,), np.int32),
         )
-        self._programs = Programs(automaton, limits, slots=slots, streams=streams, mesh=mesh)
+        on_device = automaton._replace(blank=None)
+        self._programs = Programs(on_device, limits, slots=slots, streams=streams, mesh=mesh)
 
     @classmethod
     def for_policy(
@@ -116,10 +129,12 @@ class Sampler:
             `mesh` of `Sampler`.
 
         Raises:
-          ValueError: the vocabulary can't spell the delimiter or the answer marker.
+          ValueError: the vocabulary can't spell the delimiter or the answer marker, or only by tokens
+            that are left out of texts.
         """
+        check_patterns(policy, delimiter=delimiter, answer_marker=answer_marker)
         automaton = build_automaton(
-            token_bytes(policy.tokenizer),
+            token_bytes(policy.tokenizer, stop_strings=stop_strings),
             delimiter=delimiter,
             answer_marker=answer_marker,
             stop_strings=stop_strings,
@@ -153,7 +168,8 @@ class Sampler:
           first_rows: [N] number of the group's first row, where a prompt has several groups in this
             stream and each must draw differently; default 0.
           kept: [N] how many of each prompt's last tokens are the kept part of a response (which counts
-            towards the limits); default 0. This is a reset without a cache: it is prefilled.
+            towards the limits); default 0. This is a reset without a cache: it is prefilled. Give another
+            phase than that of the call that drew them, or its noise is drawn again.
           temperature: 0 is greedy.  top_p, top_k: truncation; 1 and 0 keep all.
           max_new: most tokens to draw in each row; default: up to the response limit.
 
@@ -162,8 +178,10 @@ class Sampler:
 
         Raises:
           ValueError: an empty prompt, a token outside the vocabulary, arguments of unlike lengths or out
-            of range, or more than any of `shapes` holds; with the numbers.
+            of range, more than any of `shapes` holds, or a policy of another vocabulary; with the
+            numbers.
         """
+        check_policy(policy.config.vocab, self._vocab)
         prefixes = [np.asarray(p, np.int32) for p in prompts]
         check_prompts(prefixes, self._vocab, kept=kept, ids=ids, first_rows=first_rows)
         kept = [0] * len(prompts) if kept is None else kept
@@ -175,7 +193,8 @@ class Sampler:
         def prefill(part: Shape, groups: np.ndarray, places: np.ndarray) -> Store:
             return self._programs.prefill(policy, part, [prefixes[g] for g in groups], places)
 
-        return self._draw(policy, shape, prefill, prefixes, prompt_lengths, ids, first_rows, draws)
+        drawn = self._draw(policy, shape, prefill, prefixes, prompt_lengths, ids, first_rows, draws)
+        return dataclasses.replace(drawn, streams=(stream,))
 
     def resume(
         self,
@@ -198,15 +217,20 @@ class Sampler:
         Arguments, result and errors are `sample`'s; moreover:
 
         Args:
+          stream: one that drew the snapshots' round, or a round that it goes back to, is drawn apart, as
+            `rounds.apart` says: else a branch would repeat its parent's noise. The same stream draws the
+            same branches again.
           questions: tokens to put behind each snapshot. All before the answer is then the prompt, and
             rows answer from their first step on.
 
         Raises:
-          ValueError: snapshots of several rounds, of weights that have since been updated, or of a
-            length outside the row.
+          ValueError: snapshots of several rounds, of other weights than the policy's, or of a length
+            outside the row.
         """
-        check_snapshots(snapshots, policy.version)
+        check_policy(policy.config.vocab, self._vocab)
+        check_snapshots(snapshots, policy)
         parent = snapshots[0].round
+        stream = apart(stream, parent.streams)
         draws = self._draws(stream, temperature, top_p, top_k, max_new)
         children = None
         if self.shapes is not None:
@@ -234,9 +258,10 @@ class Sampler:
             size = self.question_tokens
             return self._programs.extend(policy, cache, of(kept), of(asked), places, size)
 
-        return self._draw(
+        drawn = self._draw(
             policy, shape, continued, prefixes, prompt_lengths, ids, first_rows, draws, shards
         )
+        return dataclasses.replace(drawn, streams=(*parent.streams, stream))
 
     @property
     def shards(self) -> int:
@@ -366,6 +391,7 @@ class Sampler:
             lane_steps=sum(s.lane_steps for s in spent),
             prefix_reads=sum(s.prefix_reads for s in spent),
             held=tuple(h for h in held if h is not None),
+            weights=policy.weights,
         )
 
     def _holds(self, policy: Policy, shape: Shape) -> bool:

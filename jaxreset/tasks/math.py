@@ -82,7 +82,7 @@ class MathTask:
         if not steps:
             raise ValueError(f"problem {problem.id!r}: steps is empty; expected at least one")
         numbered = (
-            f"Step {number}: {step.strip().removesuffix(self.delimiter).strip() or '(empty)'}"
+            f"Step {number}: {step.strip().removesuffix(self.delimiter.strip()).strip() or '(empty)'}"
             for number, step in enumerate(steps, start=1)
         )
         values = {
@@ -123,7 +123,10 @@ def _template(argument: str, path: str | Path | None, shipped: str, fields: Sequ
         source, name = Path(path), str(path)
     if not source.is_file():
         raise FileNotFoundError(f"{argument}: no such file: {name}")
-    text = source.read_text(encoding="utf-8")
+    try:
+        text = source.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{argument}: {name} is not UTF-8 text: {error}") from error
     missing = [f"{{{field}}}" for field in fields if f"{{{field}}}" not in text]
     if missing:
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from jaxreset.models.encoding import prompt_tokens
 from jaxreset.parallel import gather, own_share
 from jaxreset.tasks.base import Problem, Task
 from jaxreset.tasks.chain import ChainTask
@@ -82,7 +83,7 @@ def fit_prompts(
     """
     generated = not isinstance(problems, list)
     looked_at = [problems[i] for i in range(min(len(problems), 100))] if generated else problems
-    encoded = tokenizer([task.prompt(p) for p in looked_at])["input_ids"]
+    encoded = prompt_tokens(tokenizer, [task.prompt(p) for p in looked_at])
     lengths = np.array([len(ids) for ids in encoded])
     over = np.flatnonzero(lengths > limit)
     found = Overlong(len(over), int(lengths.max(initial=0)))
@@ -134,10 +135,8 @@ def encode_prompts(
     problems: Sequence[Problem], task: Task, tokenizer: Any, numbers: Sequence[int]
 ) -> list[Prompt]:
     """Prompts of given problems, numbered as given."""
-    return [
-        Prompt(p, np.asarray(tokenizer.encode(task.prompt(p)), np.int32), n)
-        for p, n in zip(problems, numbers, strict=True)
-    ]
+    encoded = prompt_tokens(tokenizer, [task.prompt(p) for p in problems])
+    return [Prompt(*prompt) for prompt in zip(problems, encoded, numbers, strict=True)]
 
 
 def make_task(config: Any) -> Task:

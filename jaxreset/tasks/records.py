@@ -14,6 +14,7 @@ to the record.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -95,10 +96,19 @@ def _text(record: Mapping[str, Any], field: str, place: str, expected: str) -> s
         raise ValueError(
             f"{place}: missing field {field!r}; expected {expected}; fields found: {found}"
         )
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    # Python reads NaN and Infinity as JSON, and they stand for missing values in tables.
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{place}: field {field!r} is {_brief(value)}; expected {expected}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        odd = value[error.start]
+        raise ValueError(
+            f"{place}: field {field!r} holds half a character, \\u{ord(odd):04x}, at position "
+            f"{error.start} (a surrogate without its other half); expected Unicode text"
+        ) from error
     return value
 
 
@@ -110,8 +120,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{path}, {place}: malformed JSON ({error}); expected one object a line"
                 ) from error
@@ -120,6 +130,16 @@ def _json_lines(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
                     f"{path}, {place}: {_brief(record)}; expected a JSON object with named fields"
                 )
             yield number, place, record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, which names each of its fields once."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice!r} is there more than once")
+    return record
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
@@ -133,10 +153,22 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
         raise ValueError(f"{path}: not a Parquet file ({error})") from error
     columns = [field for field in _FIELDS if field in file.schema_arrow.names]
     number = 0
-    for batch in file.iter_batches(columns=columns):
-        for record in batch.to_pylist():
-            number += 1
-            yield number, f"row {number}", record
+    try:
+        for batch in file.iter_batches(columns=columns):
+            for record in _text_rows(batch):
+                number += 1
+                yield number, f"row {number}", record
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}, row {number + 1}: can't be read ({error})") from error
+
+
+def _text_rows(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a record batch; where one is no text, those before it come first."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(batch.num_rows):
+            yield from batch.slice(row, 1).to_pylist()
 
 
 def _dataset_rows(name: str) -> Iterator[tuple[int, str, Mapping[str, Any]]]:

@@ -81,7 +81,7 @@ class Collector:
       objective: which groups.
       rounds: the sampler.
       task: scores responses.
-      decode: token ids -> text, special tokens left out.
+      decode: token ids -> text; see `Policy.decode`.
       localizer: answers the localisation question; the rule `self` needs it.
       draw: `temperature`, `top_p` and `top_k` of the rollouts.
       interrupt: called before each round; what it raises ends the step, which has changed nothing yet.
@@ -416,7 +416,8 @@ class _Step:
         return self.to.rounds.steps(rollout.response)
 
     def step_texts(self, rollout: _Rollout) -> list[str]:
-        response, delimiter = rollout.response, self.to.task.delimiter
+        # Of white space, with which it may begin or end, nothing is left at the ends of a text.
+        response, delimiter = rollout.response, self.to.task.delimiter.strip()
         texts = [self.to.decode(response[a:b]) for a, b in self.spans(rollout)]
         return [text.strip().removesuffix(delimiter).strip() for text in texts]
 

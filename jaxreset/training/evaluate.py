@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest
@@ -43,6 +43,8 @@ def evaluate(
     *,
     batch: int,
     temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
     seed: int,
     step: int = 0,
     interrupt: Callable[[], None] = lambda: None,
@@ -67,6 +69,8 @@ def evaluate(
             stream=Stream(seed, step, PHASE),
             ids=[p.number for p in members],
             temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
         )
         items += [(p.problem, decode(round_.response(n, 0))) for n, p in enumerate(members)]
     scores = score_together(task, items)
@@ -81,7 +85,7 @@ def evaluations(experiment: Experiment, policy: Policy, step: int) -> dict[str, 
     config = experiment.config
     prompts = experiment.test_prompts()
 
-    def accuracy(temperature: float) -> Accuracy:
+    def accuracy(**draw: Any) -> Accuracy:
         return evaluate(
             policy,
             prompts,
@@ -89,14 +93,16 @@ def evaluations(experiment: Experiment, policy: Policy, step: int) -> dict[str, 
             experiment.task,
             experiment.decode,
             batch=config.eval.batch,
-            temperature=temperature,
             seed=config.seed,
             step=step,
             interrupt=experiment.collector.interrupt,
             keep_errors=experiment.collector.keep_errors,
+            **draw,
         )
 
-    sampled, greedy = accuracy(config.eval.temperature), accuracy(0.0)
+    e = config.eval
+    sampled = accuracy(temperature=e.temperature, top_p=e.top_p, top_k=e.top_k)
+    greedy = accuracy(temperature=0.0)
     return {
         "eval/accuracy": sampled.mean,
         "eval/accuracy_low": sampled.low,

@@ -30,7 +30,7 @@ def evaluate_run(config: Config) -> tuple[int, dict[str, float]]:
     """Accuracy of the run's latest checkpoint, and its step; of the starting policy without one."""
     folder = RunFolder(config)
     folder.check_same_policy()
-    experiment = make_experiment(config)
+    experiment = make_experiment(folder.dated())
     try:
         with kept_programs(folder.compile_cache):
             step, policy, _ = _latest(experiment, folder)
@@ -71,7 +71,7 @@ def export_run(
     refuse_existing(output)
     folder = RunFolder(config)
     folder.check_same_policy()
-    experiment = make_experiment(config)
+    experiment = make_experiment(folder.dated())
     try:
         rounded = not adapters and target != "float32"
         step, policy, start = _latest(experiment, folder, keep_start=rounded)

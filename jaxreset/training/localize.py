@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxreset.losses import token_logps
+from jaxreset.models.encoding import continuation_tokens, fill_chat, prompt_tokens
 from jaxreset.models.packing import one_group_each
 from jaxreset.models.policy import Policy
 from jaxreset.models.precision import computing_decoder
@@ -22,14 +23,16 @@ from jaxreset.sampling.rounds import Snapshot, Stream
 from jaxreset.sampling.sampler import Sampler
 
 
-def encode_question(tokenizer: Any, question: str) -> np.ndarray:
-    """Token ids [t] of a question: in the chat template where the tokenizer has one, else raw text."""
-    if not getattr(tokenizer, "chat_template", None):
-        return np.asarray(tokenizer.encode(question), np.int32)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-    )
-    return np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int32)
+def encode_question(
+    tokenizer: Any, question: str, variables: Mapping[str, Any] | None = None
+) -> np.ndarray:
+    """Token ids [t] of a question: in the chat template where the tokenizer has one, else raw text.
+
+    `variables` are what the template is told besides, see `encoding.chat_variables`.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        question = fill_chat(tokenizer, [{"role": "user", "content": question}], variables or {})
+    return prompt_tokens(tokenizer, [question])[0]
 
 
 class PolicyLocalizer:
@@ -42,7 +45,8 @@ class PolicyLocalizer:
         which parses as step 1.
       inline: the question goes on from the failed rollout, whose keys and values are read from its
         round; else it is a prompt of its own, with problem and steps in it.
-      temperature, top_p: of the answers.
+      temperature, top_p, top_k: of the answers.
+      variables: of the chat template, see `encode_question`.
     """
 
     def __init__(
@@ -54,12 +58,19 @@ class PolicyLocalizer:
         inline: bool = False,
         temperature: float,
         top_p: float,
+        top_k: int = 0,
+        variables: Mapping[str, Any] | None = None,
     ):
         self.sampler = sampler
         self.batch = batch
         self.question_limit = question_limit
         self.inline = inline
         self._draw: dict[str, Any] = {"rows": 1, "temperature": temperature, "top_p": top_p}
+        if top_k:
+            self._draw["top_k"] = top_k
+        self._encode: Callable[[Any, Failure], np.ndarray] = (
+            _encode_inline if inline else partial(_encode_fresh, variables=variables)
+        )
 
     def compile(self, policy: Policy) -> None:
         """Compiles all that a call needs."""
@@ -69,8 +80,7 @@ class PolicyLocalizer:
         self, policy: Policy, failures: Sequence[Failure], ends: Sequence[Snapshot]
     ) -> tuple[list[str], int]:
         """The answer about each failure, and the number of tokens drawn in all."""
-        encode = _encode_inline if self.inline else _encode_fresh
-        questions = [encode(policy.tokenizer, failure) for failure in failures]
+        questions = [self._encode(policy.tokenizer, failure) for failure in failures]
         answers, drawn = [""] * len(failures), 0
         calls = self._calls(ends) if self.inline else None
         for members in _batches(questions, self.question_limit, self.batch, apart=calls):
@@ -111,6 +121,8 @@ class ScoringLocalizer:
       most_steps: most steps that a response may have.
       batch, question_limit: as of `PolicyLocalizer`.
       temperature: of the choice among the steps, by the probabilities of their answers; 0: the likeliest.
+      top_p, top_k: of that choice; 1 and 0 keep all steps.
+      variables: of the chat template, see `encode_question`.
     """
 
     def __init__(
@@ -121,12 +133,15 @@ class ScoringLocalizer:
         batch: int,
         question_limit: int,
         temperature: float,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        variables: Mapping[str, Any] | None = None,
     ):
         self.batch = batch
         self.question_limit = question_limit
-        self.temperature = temperature
-        texts = [_boxed(n) for n in range(1, most_steps + 1)]
-        spelt = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        self._encode = partial(_encode_fresh, variables=variables)
+        spelt = [continuation_tokens(tokenizer, _boxed(n)) for n in range(1, most_steps + 1)]
         self._answers = np.zeros((most_steps, max(map(len, spelt))), np.int32)
         self._lengths = np.asarray([len(tokens) for tokens in spelt], np.int32)
         for row, tokens in zip(self._answers, spelt, strict=True):
@@ -140,14 +155,15 @@ class ScoringLocalizer:
         self, policy: Policy, failures: Sequence[Failure], ends: Sequence[Snapshot]
     ) -> tuple[list[str], int]:
         """The answer about each failure; no token is drawn."""
-        questions = [_encode_fresh(policy.tokenizer, failure) for failure in failures]
+        questions = [self._encode(policy.tokenizer, failure) for failure in failures]
         answers = [""] * len(failures)
         for members in _batches(questions, self.question_limit, self.batch):
             scores = self._score(policy, [questions[i] for i in members])
             for logps, i in zip(scores, members, strict=False):
                 logps = np.asarray(logps[: len(failures[i].steps)], np.float64)
                 if self.temperature > 0:
-                    logps = logps / self.temperature + failures[i].rng().gumbel(size=logps.size)
+                    logps = truncate(logps / self.temperature, self.top_p, self.top_k)
+                    logps = logps + failures[i].rng().gumbel(size=logps.size)
                 answers[i] = _boxed(int(logps.argmax()) + 1)
         return answers, 0
 
@@ -195,18 +211,34 @@ def score_answers(
     return jnp.where(spelt, logps, 0).sum(axis=-1)
 
 
+def truncate(logps: np.ndarray, top_p: float, top_k: int) -> np.ndarray:
+    """A few choices' log-probabilities [n], normalised or not, -inf where top-k, then top-p cut.
+
+    As `sampling.tokens.truncate` does it for a vocabulary: on the host, since n varies.
+    """
+    ordered = np.sort(logps)[::-1][: top_k or None]
+    weights = np.exp(ordered - ordered[0])
+    before = (np.cumsum(weights) - weights) / weights.sum()  # mass of the likelier ones
+    kept = (before < top_p) | (top_p >= 1)
+    kept[0] = True
+    return np.where(logps >= ordered[kept][-1], logps, -np.inf)
+
+
 def _boxed(step: int) -> str:
     return f"\\boxed{{{step}}}"
 
 
-def _encode_fresh(tokenizer: Any, failure: Failure) -> np.ndarray:
-    return encode_question(tokenizer, failure.task.localization(failure.problem, failure.steps))
+def _encode_fresh(
+    tokenizer: Any, failure: Failure, *, variables: Mapping[str, Any] | None
+) -> np.ndarray:
+    question = failure.task.localization(failure.problem, failure.steps)
+    return encode_question(tokenizer, question, variables)
 
 
 def _encode_inline(tokenizer: Any, failure: Failure) -> np.ndarray:
     """In no chat template: the rollout that it goes on from is raw text."""
     question = failure.task.inline_localization(failure.problem, failure.steps)
-    return np.asarray(tokenizer.encode(question, add_special_tokens=False), np.int32)
+    return continuation_tokens(tokenizer, question)
 
 
 def _batches(

@@ -68,6 +68,7 @@ def train(config: Config, display: Display | None = None) -> Result:
     folder = RunFolder(config)
     folder.check_writable()
     folder.check_shared()
+    config = folder.dated()
     with (
         naming_full_disk(folder.path),
         kept_programs(folder.compile_cache),

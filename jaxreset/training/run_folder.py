@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ FREE_KEYS: tuple[str, ...] = (
     "train.steps",
     "train.max_nonfinite",
 )
+DATE = "task.date"
 
 
 class RunFolder:
@@ -105,6 +107,25 @@ class RunFolder:
                 "folder that all processes share"
             )
 
+    def dated(self) -> Config:
+        """The config with its `task.date`: where it says none, the day on which the folder's run started.
+
+        Every process gets the leader's answer.
+        """
+        if self.config.task.date is None:
+            task = self.config.task.model_copy(update={"date": gather([self._start_day()])[0]})
+            self.config = self.config.model_copy(update={"task": task})
+        return self.config
+
+    def _start_day(self) -> datetime.date | None:
+        """Of the run that the folder holds; without a checkpoint there is none, and it starts today."""
+        if not is_leader():
+            return None
+        saved = None
+        if self.saved.exists() and saved_steps(self.checkpoints):
+            saved = _flat(yaml.safe_load(self.saved.read_text())).get(DATE)
+        return datetime.date.fromisoformat(str(saved)) if saved else datetime.date.today()
+
     def check_same_policy(self) -> None:
         """Raises `ConfigError` where the folder's checkpoints are of another policy or optimizer."""
         self._refuse_other_run(only=("model", "optimizer"))
@@ -122,6 +143,8 @@ class RunFolder:
             return
         before = _flat(yaml.safe_load(self.saved.read_text()))
         now = _flat(self.config.model_dump(mode="json"))
+        if None in (before.get(DATE), now.get(DATE)):  # not asked for: the run's own will be taken
+            free = (*free, DATE)
         differing = [
             key
             for key in sorted({*before, *now})

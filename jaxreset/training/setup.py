@@ -16,6 +16,7 @@ from jaxreset.config import Config
 from jaxreset.errors import ConfigError
 from jaxreset.microbatches import PackShape, pack_shapes
 from jaxreset.models.block import DecoderConfig
+from jaxreset.models.encoding import chat_variables
 from jaxreset.models.policy import Policy, load_policy, new_policy
 from jaxreset.objectives import Objective
 from jaxreset.parallel import check_sizes, data_shards, make_mesh, param_shardings, put
@@ -118,7 +119,7 @@ class Experiment:
 
     @property
     def decode(self) -> Callable[[np.ndarray], str]:
-        """Token ids -> text, special tokens left out."""
+        """Token ids -> text; see `Policy.decode`."""
         return self.collector.decode
 
     def adapted(self, policy: Policy) -> Policy:
@@ -235,16 +236,17 @@ def _localizer(
     config: Config, plan: Plan, task: Task, policy: Policy, mesh: jax.sharding.Mesh | None
 ) -> Localizer:
     ask, shape = config.reset.localizer, plan.localize
-    assert ask.temperature is not None  # resolved
     assert shape is not None
-    limits = {"batch": shape.groups, "question_limit": ask.max_question_tokens}
+    common: dict[str, Any] = {
+        "batch": shape.groups,
+        "question_limit": ask.max_question_tokens,
+        "temperature": ask.temperature,
+        "top_p": ask.top_p,
+        "top_k": ask.top_k,
+        "variables": chat_variables(config.task.date, config.task.enable_thinking),
+    }
     if ask.mode == "score":
-        return ScoringLocalizer(
-            policy.tokenizer,
-            most_steps=config.sampling.max_steps,
-            temperature=ask.temperature,
-            **limits,
-        )
+        return ScoringLocalizer(policy.tokenizer, most_steps=config.sampling.max_steps, **common)
     inline = ask.mode == "inline"
     failed = sorted({parent for parent, _ in plan.forks})  # rounds whose rollouts are asked about
     sampler = Sampler.for_policy(
@@ -257,13 +259,7 @@ def _localizer(
         hold_cache=config.sampling.hold_cache if inline else "never",
         mesh=mesh,
     )
-    return PolicyLocalizer(
-        sampler,
-        inline=inline,
-        temperature=ask.temperature,
-        top_p=config.sampling.top_p,
-        **limits,
-    )
+    return PolicyLocalizer(sampler, inline=inline, **common)
 
 
 def choose_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:

@@ -15,6 +15,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxreset.config import WarmStart
 from jaxreset.losses import token_logps
+from jaxreset.models.encoding import continuation_tokens, prompt_tokens
 from jaxreset.models.policy import Policy
 from jaxreset.models.precision import computing_decoder, widened
 from jaxreset.parallel import data_shards, put, rows_sharding
@@ -63,7 +64,9 @@ def demonstrations(
     def draw(show: Callable[..., tuple[str, str]], count: int) -> Demonstrations:
         encoded = []
         for problem in rng.integers(len(problems), size=count):
-            prompt, completion = map(tokenizer.encode, show(problems[int(problem)], rng))
+            asked, answered = show(problems[int(problem)], rng)
+            prompt = prompt_tokens(tokenizer, [asked])[0]
+            completion = continuation_tokens(tokenizer, answered)
             encoded.append((len(prompt), [*prompt, *completion, tokenizer.eos_token_id]))
         width = -(-max(len(ids) for _, ids in encoded) // 16) * 16
         tokens = np.zeros((count, width), np.int32)

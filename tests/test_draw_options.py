@@ -1,0 +1,127 @@
+"""Each draw option of rollouts, of evaluation and of localisation is a key, and reaches the sampler."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from scripted import PROBLEMS, TASK, ScriptedRounds, decode, prompts
+
+from jaxreset.config_file import dump_config, load_config, parse_config
+from jaxreset.sampling import tokens
+from jaxreset.training.evaluate import evaluations
+from jaxreset.training.localize import PolicyLocalizer, truncate
+from jaxreset.training.setup import _localizer, make_plan
+
+DRAWN = {"temperature": 0.7, "top_p": 0.95, "top_k": 20}
+
+
+def options(section):
+    return {name: getattr(section, name) for name in DRAWN}
+
+
+def test_what_is_not_given_is_the_samplings_and_is_written_out():
+    config = parse_config({"sampling": DRAWN})
+    for section in (config.eval, config.reset.localizer):
+        assert options(section) | {"temperature": 0.7} == DRAWN
+    assert (config.eval.temperature, config.reset.localizer.temperature) == (1.0, 0.3)
+    saved = yaml.safe_load(dump_config(config))
+    assert (saved["eval"]["top_p"], saved["reset"]["localizer"]["top_k"]) == (0.95, 20)
+    assert parse_config(saved) == config
+    plain = parse_config({})
+    assert options(plain.eval) == {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+
+
+def test_what_is_given_stays():
+    given = {"temperature": 0.6, "top_p": 1.0, "top_k": 0}
+    config = parse_config({"sampling": DRAWN, "eval": given, "reset": {"localizer": given}})
+    assert options(config.eval) == options(config.reset.localizer) == given
+    assert options(config.sampling) == DRAWN
+
+
+@pytest.mark.parametrize("given", [{}, {"temperature": 0.5, "top_p": 0.8, "top_k": 3}])
+def test_evaluation_draws_as_configured_and_greedily(given):
+    rounds = ScriptedRounds(lambda prompt, phase, row, kept: "\\boxed{6}\n")
+    rounds._draw = forgetting(rounds)
+    experiment = SimpleNamespace(
+        config=parse_config({"sampling": DRAWN, "eval": {"batch": 2, **given}}),
+        sampler=Evaluated(rounds),
+        task=TASK,
+        decode=decode,
+        collector=SimpleNamespace(interrupt=lambda: None),
+        test_prompts=lambda: prompts(0, 1, 2),
+    )
+    record = evaluations(experiment, SimpleNamespace(version=0), 4)
+    sampled, greedy = rounds.calls[:2], rounds.calls[2:]
+    expected = {"temperature": 1.0, "top_p": 0.95, "top_k": 20} | given
+    assert [call.options for call in sampled] == [expected] * 2
+    assert [call.options["temperature"] for call in greedy] == [0.0] * 2
+    assert record["eval/accuracy"] == pytest.approx(2 / 3)  # of PROBLEMS, two sum to 6
+    assert [p.answer for p in PROBLEMS].count("6") == 2
+
+
+class Evaluated:
+    """A scripted sampler as `evaluate` calls it: without numbers of rows."""
+
+    def __init__(self, rounds):
+        self.rounds = rounds
+
+    def sample(self, policy, prompts, **options):
+        return self.rounds.sample(policy, prompts, first_rows=[0] * len(prompts), **options)
+
+
+def forgetting(rounds):
+    """Greedy and sampled draws share their names, since greedy ones use no random number."""
+    draw = rounds._draw
+
+    def again(*args):
+        rounds._seen.clear()
+        return draw(*args)
+
+    return again
+
+
+@pytest.mark.parametrize("mode", ["generate", "inline", "score"])
+@pytest.mark.parametrize("given", [{}, {"temperature": 0.5, "top_p": 0.8, "top_k": 3}])
+def test_every_localizer_draws_as_configured(policy32, mode, given):
+    config = parse_config(
+        {"sampling": DRAWN, "reset": {"localizer": {"mode": mode, **given}}, "run": {"dir": "x"}}
+    )
+    plan = make_plan(config, config.make_objective())
+    made = _localizer(config, plan, TASK, policy32, None)
+    expected = {"temperature": 0.3, "top_p": 0.95, "top_k": 20} | given
+    if isinstance(made, PolicyLocalizer):
+        assert made._draw == {"rows": 1} | expected
+    else:
+        assert options(made) == expected
+
+
+def test_a_choice_among_steps_is_truncated_as_a_vocabulary_is():
+    rng, theirs = np.random.default_rng(0), jax.jit(tokens.truncate)
+    for top_p, top_k in itertools.product((1e-6, 0.3, 0.8, 1.0), (0, 1, 3, 50)):
+        logps = rng.integers(-4, 1, 9) + 0.5 * rng.integers(0, 2, 9)  # with ties
+        draws = tokens.Draws(1.0, top_p, top_k, 1, 0, 0, 0)
+        kept = np.isfinite(truncate(logps, top_p, top_k))
+        np.testing.assert_array_equal(kept, np.isfinite(theirs(logps.astype(np.float32), draws)))
+    assert truncate(np.array([-3.0]), 0.5, 2) == [-3.0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.top_p=0", r"eval\.top_p: .*greater than 0, got 0"),
+        ("eval.top_k=-1", r"eval\.top_k: .*greater than or equal to 0, got -1"),
+        ("reset.localizer.top_p=1.1", r"reset\.localizer\.top_p: .*equal to 1, got 1\.1"),
+        ("task.date=yesterday", r"task\.date: .*date.*got 'yesterday'"),
+        ("task.enable_thinking=maybe", r"task\.enable_thinking: .*boolean.*got 'maybe'"),
+    ],
+)
+def test_impossible_options_are_refused(tmp_path, override, message):
+    file = tmp_path / "config.yaml"
+    file.write_text("objective: srpo\n")
+    with pytest.raises(ValueError, match=message):
+        load_config(file, [override])
