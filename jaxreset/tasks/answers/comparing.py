@@ -31,11 +31,12 @@ def same(one: Shape, other: Shape) -> bool:
         TooLargeError: for a number that can't be computed.
     """
     for a, b in ((one, other), (other, one)):
-        if isinstance(a, Relation) and a.name is not None and not isinstance(b, Relation):
-            if a.signs == ("=",):
-                return same(a.sides[-1], b)
-        if isinstance(a, Quantity) and a.several is not None and isinstance(b, Items):
-            return _same_items(a.several, b)
+        if (value := _named_value(a)) is not None and not isinstance(b, Relation):
+            return same(value, b)
+        if isinstance(a, Quantity) and isinstance(b, Items) and isinstance(a.otherwise, Items):
+            return _same_items(a.otherwise, b)
+        if (product := _product(a, b)) is not None:
+            return values.same_value(*product)
         if isinstance(a, Ratio) and isinstance(b, Quantity) and len(a.parts) == 2:
             return values.same_value(("/", *a.parts), b.node) and not b.percent
     if isinstance(one, Quantity) and isinstance(other, Quantity):
@@ -62,9 +63,26 @@ def same(one: Shape, other: Shape) -> bool:
     return _same_sets(one, other)
 
 
+def _named_value(shape: Any) -> Any:
+    """What a relation says that something is (5, for x = 5), or None."""
+    if isinstance(shape, Relation) and shape.name is not None and shape.signs == ("=",):
+        return shape.sides[-1]
+    return None
+
+
+def _product(one: Any, other: Any) -> tuple[Node, Node] | None:
+    """A number with a unit, read as a product of variables, and the variables that it meets."""
+    if not isinstance(one, Quantity) or not isinstance(one.otherwise, Quantity):
+        return None
+    if isinstance(other, Quantity) and other.is_plain and values.variables(other.node):
+        return one.otherwise.node, other.node
+    return None
+
+
 def _same_quantity(one: Quantity, other: Quantity) -> bool:
     by = units_agree(one.unit, other.unit)
-    if by is None:
+    percent_or_unit = (one.percent and other.unit) or (other.percent and one.unit)
+    if by is None or percent_or_unit:
         return False
     if "infinity" in (one.node[0], other.node[0]):
         return one.node == other.node
@@ -131,6 +149,8 @@ def _same_items(one: Any, other: Any) -> bool:
 def _assignments(shape: Items) -> list[Any] | None:
     """The values of `x = 1, y = 2` in the order of their names, if that is what it is."""
     found = {}
+    if shape.kind == "or":
+        return None
     for item in shape.items:
         if not isinstance(item, Relation) or item.name is None or item.signs != ("=",):
             return None

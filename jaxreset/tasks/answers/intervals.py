@@ -65,8 +65,8 @@ def _solved(relation: Relation) -> tuple[str, tuple[Interval, ...]] | None:
         if sign == r"\ne":
             if len(signs) > 1:
                 return None
-            below, above = (infinite(-1), end), (end, infinite(1))
-            return (*names,)[0], tuple(Interval(*ends, False, False) for ends in (below, above))
+            pairs = (infinite(-1), end), (end, infinite(1))
+            return (*names,)[0], tuple(Interval(*ends, False, False) for ends in pairs)
         below = (sign in ("<", r"\le")) == rising
         closed = sign in (r"\le", r"\ge")
         rays.append(
@@ -86,12 +86,13 @@ def _root(left: Node, right: Node, name: str) -> tuple[Node, bool] | None:
     if right == variable and name not in values.variables(left):
         return left, False
     difference = ("+", left, ("-", right))
-    at = [values.exact_at(difference, name, Fraction(x)) for x in (0, 1, 2, -3, Fraction(7, 2))]
-    start, slope = at[0], None if at[0] is None or at[1] is None else at[1] - at[0]
-    if start is None or not slope:
+    points = [Fraction(x, 7) for x in (0, 7, 14, -21, 24, -65)]
+    heights = [values.exact_at(difference, name, x) for x in points]
+    start, one = heights[:2]
+    if start is None or one is None or start == one:
         return None
-    steps = (0, 1, 2, -3, Fraction(7, 2))
-    if any(y is None or y != start + slope * x for x, y in zip(steps, at, strict=True)):
+    slope = one - start
+    if any(y != start + slope * x for x, y in zip(points, heights, strict=True)):
         return None
     return ("number", -start / slope), slope > 0
 

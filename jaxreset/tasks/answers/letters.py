@@ -18,29 +18,10 @@ import re
 _PRODUCT = re.compile(r"[b-df-hj-np-tv-z]{2,4}|[abcdxyz]{2,4}")
 # Written like a product, and a word.
 _WORDS = frozenset(
-    [
-        "add",
-        "bad",
-        "by",
-        "cab",
-        "cry",
-        "dad",
-        "day",
-        "dry",
-        "fly",
-        "gym",
-        "my",
-        "pm",
-        "shy",
-        "sky",
-        "sly",
-        "spy",
-        "try",
-        "why",
-        "myth",
-        "hymn",
-        "lynx",
-    ]
+    (
+        *("add", "bad", "by", "cab", "cry", "dad", "day", "dry", "fly", "gym", "my", "pm"),
+        *("shy", "sky", "sly", "spy", "try", "why", "myth", "hymn", "lynx"),
+    )
 )
 _IN_EXPRESSION = re.compile(r"[a-np-zA-NP-Z]{1,3}")
 

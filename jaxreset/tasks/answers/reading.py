@@ -8,6 +8,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from jaxreset.tasks.answers import values
 from jaxreset.tasks.answers.comparing import same
 from jaxreset.tasks.answers.expressions import LeftToSympyError, NotUnderstoodError, parse
 from jaxreset.tasks.answers.letters import is_product
@@ -27,12 +28,12 @@ from jaxreset.tasks.answers.shapes import (
     infinite,
 )
 from jaxreset.tasks.answers.text import clean, enclosed, join_comma_groups, split, squash, tokens
-from jaxreset.tasks.answers.units import Tail, read_money, read_tail, units_agree
+from jaxreset.tasks.answers.units import Tail, multiply, read_money, read_tail
 
 _LONGEST_LIST = 100
-_LONGEST_TEXT = 5000
+_LONGEST_TEXT = 2000
 
-_NAMED_BASES = [
+_NAMED_BASES = (
     "two",
     "three",
     "four",
@@ -44,7 +45,7 @@ _NAMED_BASES = [
     "ten",
     "eleven",
     "twelve",
-]
+)
 _BASED = re.compile(
     r"([0-9][0-9A-F]*|[A-F][0-9A-F]+)\s*_\s*(?:\{\s*\(?\s*([0-9]{1,2}|[a-z]+)\s*\)?\s*\}|([0-9]))"
 )
@@ -65,6 +66,7 @@ _NAME = re.compile(
     r"|\([A-Za-z](?:\s*,\s*[A-Za-z])+\)"  # (x, y)
     r"|[A-Za-z]{3,}(?: [A-Za-z]+){0,3}"  # total cost
 )
+_RATE = re.compile(r"/\s*[A-Za-z]{3}")  # $5/hour, and not 5/m
 _AND_A_HALF = re.compile(r"(?<=[0-9]) and (?:a|one|1) half")
 _TIME = re.compile(r"[0-9]{1,2}:[0-5][0-9]")
 _WORDS = re.compile(r"[A-Za-z\u00c0-\u024f][A-Za-z\u00c0-\u024f0-9 .,'’()/&-]*")
@@ -74,7 +76,7 @@ _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)|([A-Z])\s*[.:]")
 @lru_cache(maxsize=4096)
 def read(text: str) -> Shape:
     """The shape of an answer as it was written."""
-    text = clean(text)
+    text = _AND_A_HALF.sub(" 1/2", clean(text))
     if len(text) > _LONGEST_TEXT:
         return Unread(text, mathematics=False)
     try:
@@ -126,18 +128,21 @@ def _builder(text: str) -> Shape | None:
 
 def _membership(text: str) -> Shape | None:
     match = _BELONGS.fullmatch(text)
-    return None if match is None else _read(match[2])
+    if match is None:
+        return None
+    shape = _read(match[2])
+    return as_interval(shape) or shape
 
 
 def _list(text: str) -> Shape | None:
-    joined = join_comma_groups(_AND_A_HALF.sub(r" 1/2", text))
+    joined = join_comma_groups(text)
     parts, cuts = split(joined, _SEPARATORS)
     if not cuts:
         if joined == text:
             return None
         shape = _read(joined)
-        if isinstance(shape, Quantity) and shape.unit is None:
-            return shape._replace(several=_items(text.split(","), [","]))
+        if isinstance(shape, Quantity) and shape.unit is None and ",0" not in text:
+            return shape._replace(otherwise=_items(text.split(","), [","]))
         return shape
     return _items(parts, cuts)
 
@@ -233,8 +238,8 @@ def _bracketed(text: str) -> Shape | None:
         if not inside:
             return Items((), "{")
         shape = _items(*split(inside, _SEPARATORS))
-        whole = isinstance(shape, Items) and shape.kind in (",", "and", "or", "pm")
-        return Items(_distinct(shape.items if whole else (shape,)), "{")
+        listed = shape.items if isinstance(shape, Items) and shape.kind not in "({" else (shape,)
+        return Items(_distinct(listed), "{")
     if opening not in "([" or closing not in ")]":
         return None
     parts, cuts = split(inside, frozenset((",", ";")))
@@ -276,9 +281,9 @@ def _quantity(text: str) -> Shape:
     percent, unit = False, money
     tail_start, tail = _find_tail(body)
     if tail is not None:
-        if tail.unit is not None and units_agree(money, tail.unit) is None:
+        body, percent, unit = body[:tail_start].rstrip(), tail.percent, multiply(money, tail.unit)
+        if unit is None and money is not None:
             raise NotUnderstoodError(text)
-        body, percent, unit = body[:tail_start].rstrip(), tail.percent, money or tail.unit
     if (decimal := _DECIMAL.fullmatch(body)) is not None:
         places = len(decimal[1]) - int(decimal[2] or 0) + (2 if percent else 0)
     node = parse(body)
@@ -286,7 +291,16 @@ def _quantity(text: str) -> Shape:
         node = ("^", node, ("number", Fraction(tail.power)))
     if tail is not None and tail.factor != 1:
         node, places = ("*", node, ("number", tail.factor)), None
-    return Quantity(node, percent, unit, places)
+    return Quantity(node, percent, unit, places, _as_product(text) if tail is not None else None)
+
+
+def _as_product(text: str) -> Quantity | None:
+    """A number with a unit read as a product: 2 m may be two times m."""
+    try:
+        node = parse(text)
+    except NotUnderstoodError:
+        return None
+    return Quantity(node) if values.variables(node) else None
 
 
 def _find_tail(text: str) -> tuple[int, Tail | None]:
@@ -297,9 +311,8 @@ def _find_tail(text: str) -> tuple[int, Tail | None]:
     trigonometric = any(token.text in (r"\sin", r"\cos", r"\tan", "sin", "cos") for token in found)
     for token in found:
         body = text[: token.start].rstrip()
-        if not body or not (
-            token.text[0].isalpha() or token.text in "°%$¢€£¥₹" or token.text == "^"
-        ):
+        begins = token.text[0].isalpha() or token.text in "°%Ω$¢€£¥₹₩₽₱^"
+        if not body or not (begins or _RATE.match(text, token.start)):
             continue
         if token.text == "°" and trigonometric:
             continue
@@ -309,7 +322,7 @@ def _find_tail(text: str) -> tuple[int, Tail | None]:
             continue
         if not any(c.isdigit() or c == "\\" for c in body) and (attached or len(token.text) < 2):
             continue
-        tail = read_tail(text[token.start :], attached=attached and before.isalnum())
+        tail = read_tail(text[token.start :], attached=attached)
         if tail is not None:
             return token.start, tail
     return 0, None
@@ -322,6 +335,8 @@ def _based(text: str, match: re.Match[str]) -> Shape:
     digits = match[1].lstrip("0") or "0"
     if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in digits):
         raise NotUnderstoodError(text)
+    if base == 10:
+        return Quantity(parse(digits))
     return Based(digits, base)
 
 

@@ -15,7 +15,7 @@ class Quantity(NamedTuple):
     percent: bool = False
     unit: Unit | None = None
     places: int | None = None  # decimals, where it is one decimal number
-    several: Any = None  # the other reading, as `Items`, of `100,200`
+    otherwise: Any = None  # another reading: of `100,200` as two numbers, of `2 m` as a product
 
     @property
     def is_plain(self) -> bool:

@@ -26,7 +26,7 @@ def same_by_sympy(answer: str, gold: str) -> bool:
     parsed = [_parsed(text) for text in (gold, answer)]
     if None in parsed:
         return False
-    return bool(verify(*parsed, timeout_seconds=None)) and _agree(*parsed)
+    return _agree(*parsed) and bool(verify(*parsed, timeout_seconds=None))
 
 
 def _parsed(text: str) -> Any:
@@ -39,12 +39,19 @@ def _parsed(text: str) -> Any:
         found = latex2sympy(
             text,
             is_real=not imaginary,
-            normalization_config=None,
+            normalization_config=_as_written(),
             conversion_config=ConversionConfig(lowercase_symbols=False),
         )
     except Exception:  # its grammar raises bare ones
         return None
     return found if isinstance(found, sympy.Expr) else None
+
+
+def _as_written() -> Any:
+    r"""Only its reading of `\frac12`: the rest of its normalisation drops units, cases and bases."""
+    from latex2sympy2_extended.math_normalization import NormalizationConfig
+
+    return NormalizationConfig(basic_latex=False, malformed_operators=True, boxed="none")
 
 
 def _agree(one: Any, other: Any) -> bool:

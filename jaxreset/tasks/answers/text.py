@@ -15,6 +15,9 @@ _VULGAR = re.compile("[¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞↉]")
 _ROOT = re.compile(r"([√∛∜])\s*(?:([0-9]+(?:\.[0-9]+)?|[A-Za-zπ])|(?=[({]))")
 _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 
+# A dash that is longer than a minus sign between two numbers: from the one to the other.
+_RANGE = re.compile(r"(?<=[0-9])\s*[\u2013\u2014]\s*(?=[0-9])")
+
 _GLYPHS = str.maketrans(
     {
         **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d", "-"),
@@ -62,7 +65,7 @@ _LOOKS = re.compile(
     r"\\(?:left|right|bigl|bigr|Bigl|Bigr|big|Big|displaystyle|textstyle|scriptstyle|limits"
     r"|nolimits|rm|bf|it)(?![A-Za-z])\.?|\\!"
 )
-_SPACES = re.compile(r"\\[,;:> ]|~|\\(?:quad|qquad|hspace\{[^{}]*\})(?![A-Za-z])")
+_SPACES = re.compile(r"(?<!\\)\\[,;:> ]|~|\\(?:quad|qquad|hspace\{[^{}]*\})(?![A-Za-z])")
 _TEXT = re.compile(
     r"\\(?:text|textrm|textbf|textit|texttt|textnormal|mathrm|mathbf|mathit|mathsf|boldsymbol"
     r"|mbox|operatorname\*?|boxed|fbox|emph|mathbb(?!\{[A-Z]\}))\s*\{([^{}]*)\}"
@@ -126,6 +129,7 @@ def clean(text: str) -> str:
     text = _VULGAR.sub(_vulgar_fraction, text)
     text = _RAISED.sub(lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
     text = _LOWERED.sub(lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
+    text = _RANGE.sub(" to ", text)
     text = _ROOT.sub(lambda m: _ROOTS[m[1]] + (f"{{{m[2]}}}" if m[2] else ""), text)
     text = unicodedata.normalize("NFKC", text.translate(_GLYPHS)).strip()
     text = _unwrapped(text)
@@ -168,8 +172,8 @@ def join_comma_groups(text: str) -> str:
 
 
 def squash(text: str) -> str:
-    """Cleaned `text` without spaces, but for those between letters or digits."""
-    return re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", text)
+    """Cleaned `text` without spaces, but for those between letters or numbers."""
+    return re.sub(r"(?<![A-Za-z0-9.]) | (?![A-Za-z0-9.])", "", text)
 
 
 def tokens(text: str) -> Iterator[Token]:

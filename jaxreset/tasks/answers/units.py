@@ -32,10 +32,13 @@ class Tail(NamedTuple):
     unit: Unit | None = None
 
 
+# Single capitals are no units, but for L: 5 K may be five thousand, and 5 A a choice.
 def _table() -> dict[str, tuple[Fraction, str]]:
-    rows = {
+    rows: dict[str, tuple[str, int | Fraction]] = {
         "m meter metre": ("m", 1),
         "km kilometer kilometre": ("m", 1000),
+        "μm micrometer micrometre": ("m", _F(1, 10**6)),
+        "nm nanometer nanometre": ("m", _F(1, 10**9)),
         "dm decimeter decimetre": ("m", _F(1, 10)),
         "cm centimeter centimetre": ("m", _F(1, 100)),
         "mm millimeter millimetre": ("m", _F(1, 1000)),
@@ -49,14 +52,14 @@ def _table() -> dict[str, tuple[Fraction, str]]:
         "tonne ton": ("ton", 1),
         "oz ounce": ("oz", 1),
         "lb lbs pound": ("oz", 16),
-        "s sec second": ("s", 1),
+        "s sec secs second": ("s", 1),
         "ms millisecond": ("s", _F(1, 1000)),
-        "min minute": ("s", 60),
-        "h hr hour": ("s", 3600),
+        "min mins minute": ("s", 60),
+        "h hr hrs hour": ("s", 3600),
         "day": ("s", 86400),
         "week": ("s", 604800),
         "month": ("month", 1),
-        "yr year": ("month", 12),
+        "yr yrs year": ("month", 12),
         "l L liter litre": ("l", 1),
         "ml mL milliliter millilitre": ("l", _F(1, 1000)),
         "cl cL centiliter centilitre": ("l", _F(1, 100)),
@@ -70,18 +73,24 @@ def _table() -> dict[str, tuple[Fraction, str]]:
         "£ gbp GBP": ("pound sterling", 1),
         "¥ jpy JPY yen yuan": ("yen", 1),
         "₹ Rs rs INR rupee": ("rupee", 1),
+        "₩ KRW won": ("won", 1),
+        "₽ RUB ruble rouble": ("ruble", 1),
+        "₱ peso": ("peso", 1),
+        "CHF franc": ("franc", 1),
         "° deg degree": ("degree", 1),
         "°C celsius": ("celsius", 1),
         "°F fahrenheit": ("fahrenheit", 1),
         "rad radian": ("radian", 1),
-        "N newton": ("newton", 1),
-        "J joule": ("joule", 1),
+        "newton": ("newton", 1),
+        "joule": ("joule", 1),
         "kJ": ("joule", 1000),
-        "W watt": ("watt", 1),
+        "watt": ("watt", 1),
         "kW": ("watt", 1000),
-        "V volt": ("volt", 1),
-        "A ampere amp": ("ampere", 1),
-        "K kelvin": ("kelvin", 1),
+        "volt": ("volt", 1),
+        "ampere amp": ("ampere", 1),
+        "kelvin": ("kelvin", 1),
+        "Ω ohm": ("ohm", 1),
+        "kWh": ("joule", 3_600_000),
         "Hz hertz": ("hertz", 1),
         "Pa pascal": ("pascal", 1),
         "mol mole": ("mole", 1),
@@ -101,26 +110,10 @@ _COMPOUND = {"mph": "mile / hour", "kmh": "km / hour", "kph": "km / hour", "kmph
 _COMPOUND |= {"sqft": "square ft", "cc": "cubic cm", "fps": "ft / second"}
 # Short ones that may follow a digit without a space; 5m and 5ab are products.
 _ATTACHED = frozenset(
-    [
-        "cm",
-        "mm",
-        "km",
-        "kg",
-        "mg",
-        "ml",
-        "mL",
-        "cl",
-        "cL",
-        "kJ",
-        "kW",
-        "Hz",
-        "ft",
-        "lb",
-        "oz",
-        "lbs",
-        "mph",
-        "kph",
-    ]
+    (
+        *("cm", "mm", "km", "kg", "mg", "ml", "mL", "cl", "cL", "kJ", "kW", "Hz", "ft", "lb"),
+        *("oz", "lbs", "mph", "kph"),
+    )
 )
 
 _FACTORS = {
@@ -164,16 +157,18 @@ _NOT_UNITS = re.compile(
     | infinity | infinite | pi | sqrt | sin | cos | tan | sec | csc | cot | log | ln | exp | max
     | min | gcd | lcm | am | pm | noon | midnight | bc | ad | permille | basis | point | ppm | squared
     | cubed | th | st | nd | rd)s?
-    | [a-z]*(?:illion|illionth|[a-z]fold|tuple)s? | (?:[a-z]+-)?(?:th|teenth|tieth)s?)""",
+    | [a-z]*(?:illion|illionth|[a-z]fold|tuple)s? | [a-z-]*(?:teenth|tieth|elfth|eventh)s?)""",
     re.VERBOSE | re.IGNORECASE,
 )
-_DELIMITED = re.compile(r"[A-Za-z]+(?:-[A-Za-z]+)*|°\s?[CF](?![A-Za-z])|[°%$¢€£¥₹/.*-]|\\cdot|\s+")
+_DELIMITED = re.compile(
+    r"[A-Za-z]+(?:-[A-Za-z]+)*|°\s?[CF](?![A-Za-z])|μm|[°%Ω$¢€£¥₹₩₽₱/.*-]|\\cdot|\s+"
+)
 _POWER = re.compile(r"\s*\^\s*(?:\{\s*(-?[1-9])\s*\}|([1-9]))")
 _ORDINAL = re.compile(r"\s*(?:\^\s*)?\{?\s*(?:th|st|nd|rd)\s*\}?")
 
 _MONEY = re.compile(
-    r"\s*(?:(?:US|A|C|NZ|HK|S)?\s*(?P<dollar>\$)|(?P<sign>[€£¥₹])"
-    r"|(?P<code>USD|EUR|GBP|INR|JPY|Rs\.?)(?![A-Za-z]))\s*"
+    r"\s*(?:(?:USD?|AU?|CA?|NZ|HK|S)?\s*(?P<dollar>\$)|(?P<sign>[€£¥₹₩₽₱])"
+    r"|(?P<code>USD|EUR|GBP|INR|JPY|CHF|Rs\.?)(?![A-Za-z]))\s*"
 )
 
 
@@ -220,6 +215,17 @@ def read_tail(text: str, *, attached: bool) -> Tail | None:
         return Tail(factor, power, percent)
     unit = None if percent else _unit(words[at:])
     return None if unit is None else Tail(factor, power, percent, unit)
+
+
+def multiply(one: Unit | None, other: Unit | None) -> Unit | None:
+    """The unit of a price such as `$5 per hour`; None where both are there and no rate is meant."""
+    if one is None or other is None:
+        return one or other
+    if any(power > 0 for _, power in other.powers):
+        return one if units_agree(one, other) is not None else None
+    return Unit(
+        one.scale * other.scale, tuple(sorted({**dict(one.powers), **dict(other.powers)}.items()))
+    )
 
 
 def units_agree(one: Unit | None, other: Unit | None) -> Fraction | None:
@@ -290,8 +296,10 @@ def _unit(words: list[tuple[str, int]]) -> Unit | None:
     side, raised, last = 1, 1, ""
     for word, power in words:
         low = word.lower()
-        if word == "/" or (low in ("per", "an", "a") and last):
+        if word == "/" or low == "per" or (low in ("an", "a") and last):
             side = -1
+        elif word == "US":
+            continue
         elif low in ("square", "sq", "cubic", "cu"):
             raised = 2 if low.startswith("sq") else 3
         elif low in _POWERS and last:

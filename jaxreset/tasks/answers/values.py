@@ -21,6 +21,7 @@ _EXACT_BITS = 2**17
 _COARSE_BITS, _FINE_BITS = 200, 800
 # Of numbers in irrational expressions: beyond, agreement to any affordable precision proves nothing.
 _LARGEST_SPAN = 8000
+_LONGEST_POWER = 4000  # bits
 _NEEDED_POINTS = 3
 
 Value = Any  # Fraction, mpmath.mpf or mpmath.mpc
@@ -147,7 +148,7 @@ def _same_value(one: Node, other: Node) -> bool:
         try:
             if not _agree(one, other, point):
                 return False
-        except UndefinedError:
+        except (UndefinedError, TooLargeError):
             continue
         agreed += 1
     return agreed >= _NEEDED_POINTS
@@ -172,13 +173,15 @@ def _agree(one: Node, other: Node, point: Mapping[str, Fraction]) -> bool:
     a, b = coarse.of(one), coarse.of(other)
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
+    if coarse.rounded or coarse.span > _LARGEST_SPAN:
+        return False
     if coarse.span <= 60:  # nothing can have cancelled: what differs here does
         with _bits(_COARSE_BITS):
             size = max(1, abs(_float(a)), abs(_float(b)))
             if abs(_float(a) - _float(b)) > size * _float(Fraction(1, 2**40)):
                 return False
     # However small a number is that was written down, it must show.
-    bits = _FINE_BITS + 4 * min(coarse.span, _LARGEST_SPAN)
+    bits = _FINE_BITS + 4 * coarse.span
     fine = _Evaluation(bits, point, imaginary)
     c, d = fine.of(one), fine.of(other)
     with _bits(bits):
@@ -188,7 +191,7 @@ def _agree(one: Node, other: Node, point: Mapping[str, Fraction]) -> bool:
         )
         gap = gap or _float(Fraction(1, 2**_COARSE_BITS))
         shrunk = abs(_float(c) - _float(d)) <= gap * _float(Fraction(1, 2 ** (_FINE_BITS - 300)))
-    return bool(shrunk) and not fine.rounded and fine.span <= _LARGEST_SPAN
+    return bool(shrunk)
 
 
 def _is_complex(node: Node) -> bool:
@@ -244,13 +247,13 @@ class _Evaluation:
         if kind == "variable":
             return self.point[node[1]]
         if kind == "constant":
-            return self._constant(node[1])
+            return self._noted(self._constant(node[1]))
         if kind == "infinity":
             raise UndefinedError
         arguments = [self._of(part) for part in node[1:]]
         try:
             return self._noted(self._apply(kind, arguments))
-        except (ZeroDivisionError, ValueError, OverflowError) as error:
+        except (ArithmeticError, ValueError, TypeError) as error:
             raise UndefinedError from error
 
     def _noted(self, value: Value) -> Value:
@@ -333,7 +336,7 @@ class _Evaluation:
             raise UndefinedError
         if count * max(count.bit_length(), 1) <= _EXACT_BITS:
             return Fraction(math.factorial(count))
-        if count.bit_length() > 60:
+        if count.bit_length() > _LONGEST_POWER:
             raise TooLargeError
         self.rounded = True
         return mpmath.factorial(count)
@@ -352,7 +355,7 @@ class _Evaluation:
                 if abs(a) == 1 or size * abs(power) <= _EXACT_BITS:
                     return a**power
                 self.rounded = True
-            if power.bit_length() > 60:
+            if power.bit_length() > _LONGEST_POWER:
                 raise TooLargeError
             return _float(a) ** power
         if isinstance(b, Fraction) and isinstance(a, Fraction) and (a > 0 or not self.imaginary):
