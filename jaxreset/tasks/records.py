@@ -151,7 +151,7 @@ def _text(record: Mapping[str, Any], field: str, place: str, expected: str) -> s
         raise ValueError(
             f"{place}: missing field {field!r}; expected {expected}; fields found: {found}"
         )
-    if (number := _written_out(value)) is not None:
+    if (number := written_out(value)) is not None:
         if not number:
             kind = UngradableError if field in ("answer", "solution") else ValueError
             raise kind(f"{place}: field {field!r} is {_brief(value)}; expected {expected}")
@@ -161,7 +161,7 @@ def _text(record: Mapping[str, Any], field: str, place: str, expected: str) -> s
     return value
 
 
-def _written_out(value: object) -> str | None:
+def written_out(value: object) -> str | None:
     """A number in plain digits, "" where it has none (NaN), or None for what is no number.
 
     Of a binary float the shortest decimal that is rounded to it in its own precision. A double that
