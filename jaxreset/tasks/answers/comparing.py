@@ -130,6 +130,8 @@ def _same_items(one: Any, other: Any) -> bool:
         one = Items(tuple(by_name), "(")
     elif by_name is None and (by_name := _assignments(other)) is not None:
         other = Items(tuple(by_name), "(")
+    if _names(one) != _names(other) and max(len(_names(one)), len(_names(other))) > 1:
+        return False
     kinds = {one.kind, other.kind}
     if kinds & {"(", "["}:
         if "{" in kinds:
@@ -144,6 +146,15 @@ def _same_items(one: Any, other: Any) -> bool:
             return False
         del left[match]
     return True
+
+
+def _names(shape: Items) -> set[str]:
+    """What its items are said to be values of."""
+    return {
+        item.name
+        for item in shape.items
+        if isinstance(item, Relation) and item.name is not None and item.signs == ("=",)
+    }
 
 
 def _assignments(shape: Items) -> list[Any] | None:

@@ -70,6 +70,7 @@ _RATE = re.compile(r"/\s*[A-Za-z]{3}")  # $5/hour, and not 5/m
 _AND_A_HALF = re.compile(r"(?<=[0-9]) and (?:a|one|1) half")
 _TIME = re.compile(r"[0-9]{1,2}:[0-5][0-9]")
 _WORDS = re.compile(r"[A-Za-z\u00c0-\u024f][A-Za-z\u00c0-\u024f0-9 .,'’()/&-]*")
+_LABELS = re.compile(r"[A-Z](?: [A-Z])+|[A-Z](?:\s?-\s?[A-Z]){2,}")  # A B C, A-B-C: an order
 _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)|([A-Z])\s*[.:]")
 
 
@@ -342,6 +343,8 @@ def _based(text: str, match: re.Match[str]) -> Shape:
 
 def _alone(text: str) -> bool:
     """Whether this is words: letters that are no product, no number's name, and no unit's number."""
+    if _LABELS.fullmatch(text):
+        return True
     if not _WORDS.fullmatch(text):
         return False
     runs = re.findall(r"[A-Za-z\u00c0-\u024f]+", text)
