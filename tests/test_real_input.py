@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from model_helpers import assert_same_params, random_policy
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -25,6 +26,7 @@ from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import load_policy
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.math import MathTask
+from jaxreset.training.dry_run import describe
 from jaxreset.training.finished import export_run
 from jaxreset.training.loop import train
 
@@ -166,6 +168,20 @@ def run(files, folder, objective, *overrides):
 @pytest.mark.parametrize("objective", ["grpo", "rrpo", "srpo", "ladder"])
 def test_three_steps_of_each_objective(made_up_input, tmp_path, objective):
     check_run(run(made_up_input, tmp_path, objective), made_up_input)
+
+
+def test_a_dry_run_shows_how_many_golds_cannot_be_graded(made_up_input, tmp_path):
+    data = tmp_path / "some.jsonl"
+    answers = ("#### proof", "#### not found", float("nan"))
+    lines = [json.dumps({"question": "Why?", "answer": answer}) + "\n" for answer in answers]
+    data.write_text(
+        made_up_input.data.read_text(encoding="utf-8") + "".join(lines), encoding="utf-8"
+    )
+    console = Console(record=True, width=200)
+    describe(config_of(Input(made_up_input.model, data), tmp_path / "run", "grpo"), console)
+    shown = console.export_text()
+    assert "36 to train on, 4 held out, 0 dropped" in shown
+    assert "3 more left out" in shown
 
 
 def test_a_folder_of_transformers_trains_and_exports_to_it_again(real_input, tmp_path):

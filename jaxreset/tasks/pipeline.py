@@ -14,7 +14,7 @@ from jaxreset.parallel import gather, own_share
 from jaxreset.tasks.base import Problem, Task
 from jaxreset.tasks.chain import ChainTask
 from jaxreset.tasks.math import MathTask
-from jaxreset.tasks.records import load_problems
+from jaxreset.tasks.records import Loaded, read_file
 
 
 class Prompt(NamedTuple):
@@ -26,10 +26,11 @@ class Prompt(NamedTuple):
 
 
 class Problems(NamedTuple):
-    """The two splits."""
+    """The two splits, and how many records were left out because their answer can't be graded."""
 
     train: Sequence[Problem]
     test: Sequence[Problem]
+    ungradable: int = 0
 
 
 def chain_problems(task: ChainTask, *, train_size: int, test_size: int) -> Problems:
@@ -41,23 +42,24 @@ def read_problems(path: str, eval_path: str | None, *, test_size: int) -> Proble
     """Problems of a file; without `eval_path`, the last of them (at most a tenth) are held out.
 
     Raises:
-      ValueError: what `records.load_problems` refuses, or a single problem; names the config's key.
+      ValueError: what `records.read_file` refuses, or a single problem; names the config's key.
     """
-    train = _load("data.path", path)
+    train, ungradable = _load("data.path", path)
     if eval_path is not None:
-        return Problems(train, _load("data.eval_path", eval_path)[:test_size])
+        test, more = _load("data.eval_path", eval_path)
+        return Problems(train, test[:test_size], ungradable + more)
     if len(train) == 1:
         raise ValueError(
             f"data.path: {path} holds 1 problem, and it would be held out; add problems, or name "
             "data.eval_path"
         )
     held_out = min(test_size, max(len(train) // 10, 1))
-    return Problems(train[:-held_out], train[-held_out:])
+    return Problems(train[:-held_out], train[-held_out:], ungradable)
 
 
-def _load(key: str, path: str) -> list[Problem]:
+def _load(key: str, path: str) -> Loaded:
     try:
-        return load_problems(path)
+        return read_file(path)
     except (ValueError, OSError, ImportError) as error:
         raise ValueError(f"{key}: {error}") from error
 

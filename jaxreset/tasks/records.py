@@ -8,29 +8,53 @@ A record is understood by its field names:
 - `problem`, `answer` (NuminaMath): `answer` itself; `solution` is then not read.
 
 Other fields are ignored. Problems are named by file and line (`train:17`), so a log line leads back
-to the record.
+to the record. Numbers are written out as they were meant: 1e-5 is `0.00001`, a float32 0.1 is `0.1`.
+Records whose answer nothing could equal (`proof`, `not found`, NaN) are left out and counted.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxreset.tasks.answers import final_answer, plain_number
+import numpy as np
+
+from jaxreset.tasks.answers import final_answer, is_gradable, plain_number
 from jaxreset.tasks.base import Problem
 
 SUFFIXES = (".jsonl", ".parquet")
 _FIELDS = ("question", "problem", "answer", "solution")
 _IN_ANSWER = "the final answer: '#### 72' as the last line, or \\boxed{72}"
 _IN_SOLUTION = "the final answer in its last \\boxed{...}"
+_LONGEST_NUMBER = 1000  # digits before the point, or behind it
 _CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
+
+logger = logging.getLogger(__name__)
+
+
+class Loaded(NamedTuple):
+    """The problems of a file, and how many more had no answer that can be graded."""
+
+    problems: list[Problem]
+    ungradable: int
+
+
+class UngradableError(ValueError):
+    """A record whose answer can't be compared with anything."""
 
 
 def load_problems(path: str | Path) -> list[Problem]:
+    """The problems of a file, as `read_file`, with a warning where some are left out."""
+    return read_file(path).problems
+
+
+def read_file(path: str | Path) -> Loaded:
     """The problems of a `.jsonl` or `.parquet` file, or of a data set by name.
 
     Args:
@@ -38,13 +62,14 @@ def load_problems(path: str | Path) -> list[Problem]:
             a data set that the optional `datasets` library finds (split "train" unless given).
 
     Returns:
-        The problems in the file's order, at least one.
+        The problems in the file's order, at least one, and how many records were left out because
+        their answer can't be graded; a warning names the first of these.
 
     Raises:
         FileNotFoundError: when `path` looks like a file and there is none.
         ImportError: when `path` can only be a data set's name, and `datasets` is missing.
         ValueError: for anything wrong inside, naming the file, the line (or row), the field and
-            what was expected.
+            what was expected; and where no answer at all can be graded.
     """
     source = Path(path).expanduser()
     if source.is_dir():
@@ -60,13 +85,29 @@ def load_problems(path: str | Path) -> list[Problem]:
         raise FileNotFoundError(f"{path}: no such file")
     else:
         records, stem = _dataset_rows(str(path)), str(path)
-    problems = [
-        _problem(record, f"{stem}:{number}", f"{path}, {place}")
-        for number, place, record in records
-    ]
+    problems: list[Problem] = []
+    ungradable: list[UngradableError] = []
+    for number, place, record in records:
+        try:
+            problems.append(_problem(record, f"{stem}:{number}", f"{path}, {place}"))
+        except UngradableError as error:
+            ungradable.append(error)
     if not problems:
+        if ungradable:
+            raise ValueError(
+                f"{path}: no answer of {len(ungradable)} records can be graded; the first: "
+                f"{ungradable[0]}"
+            )
         raise ValueError(f"{path}: empty; expected at least one problem")
-    return problems
+    if ungradable:
+        logger.warning(
+            "%s: %d of %d records are left out, for their answers can't be graded; the first: %s",
+            path,
+            len(ungradable),
+            len(ungradable) + len(problems),
+            ungradable[0],
+        )
+    return Loaded(problems, len(ungradable))
 
 
 def _problem(record: Mapping[str, Any], name: str, place: str) -> Problem:
@@ -76,6 +117,10 @@ def _problem(record: Mapping[str, Any], name: str, place: str) -> Problem:
     solved = record.get("answer") is None and record.get("solution") is not None
     field, expected = ("solution", _IN_SOLUTION) if solved else ("answer", _IN_ANSWER)
     written = _text(record, field, place, expected)
+    if isinstance(record[field], str) and not is_gradable(written):
+        raise UngradableError(
+            f"{place}: field {field!r} is {_brief(written)}, which no answer equals; expected {expected}"
+        )
     answer = final_answer(_CALCULATOR_MARK.sub("", written))
     # A NuminaMath answer is final as it stands; GSM8K's is a solution, unless it is just a number.
     is_final = asked == "problem" or plain_number(written) is not None
@@ -85,20 +130,32 @@ def _problem(record: Mapping[str, Any], name: str, place: str) -> Problem:
         raise ValueError(
             f"{place}: no final answer in field {field!r}, {_brief(written)}; expected {expected}"
         )
+    if not is_gradable(answer):
+        raise UngradableError(
+            f"{place}: field {field!r} ends in {_brief(answer)}, which no answer equals; "
+            f"expected {expected}"
+        )
     return Problem(name, question, answer)
 
 
 def _text(record: Mapping[str, Any], field: str, place: str, expected: str) -> str:
-    """The text of a field; numbers are accepted as they would be written."""
+    """The text of a field; numbers are accepted as they would be written.
+
+    Raises:
+        UngradableError: for NaN and infinity.
+        ValueError: for anything else that is no text and no number.
+    """
     value = record.get(field)
     if value is None:
         found = ", ".join(sorted(map(str, record))) or "none"
         raise ValueError(
             f"{place}: missing field {field!r}; expected {expected}; fields found: {found}"
         )
-    # Python reads NaN and Infinity as JSON, and they stand for missing values in tables.
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        value = str(value)
+    if (number := written_out(value)) is not None:
+        if not number:
+            kind = UngradableError if field in ("answer", "solution") else ValueError
+            raise kind(f"{place}: field {field!r} is {_brief(value)}; expected {expected}")
+        value = number
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{place}: field {field!r} is {_brief(value)}; expected {expected}")
     try:
@@ -112,6 +169,46 @@ def _text(record: Mapping[str, Any], field: str, place: str, expected: str) -> s
     return value
 
 
+def written_out(value: object) -> str | None:
+    """A number in plain digits, "" where it has none (NaN), or None for what is no number.
+
+    Of a binary float the shortest decimal that is rounded to it in its own precision. A double that
+    is a float32 to the last bit, 0.10000000149011612, was one: 0.1.
+    """
+    if isinstance(value, bool | np.bool_):
+        return None
+    if isinstance(value, int | np.integer):
+        return str(int(value))
+    if isinstance(value, float | np.floating):
+        if not math.isfinite(value):
+            return ""
+        # str rounds to the scalar's own type, and numpy's float64 is a float.
+        value = Decimal(str(float(value) if isinstance(value, np.float64) else value))
+    if not isinstance(value, Decimal):
+        return None
+    if not value.is_finite() or not -_LONGEST_NUMBER < value.adjusted() < _LONGEST_NUMBER:
+        return ""
+    double = float(value)
+    single = np.float32(double) if abs(double) < np.finfo(np.float32).max else np.float32(0)
+    # Exact expansions are kept: 2^-15 is a float32, too, and means what it says.
+    is_single = float(single) == double and double % 1 != 0 and Decimal(double) != value
+    if is_single and len(value.as_tuple().digits) > 10:
+        value = Decimal(str(single))
+    return f"{value:f}"
+
+
+def _narrowed(
+    rows: Iterator[Mapping[str, Any]], types: Mapping[str, str]
+) -> Iterator[dict[str, Any]]:
+    """Rows whose floats have the precision of their column, `float32` or `float16`, again."""
+    narrow = {name: np.dtype(kind).type for name, kind in types.items()}
+    for row in rows:
+        yield {
+            name: narrow[name](value) if name in narrow and isinstance(value, float) else value
+            for name, value in row.items()
+        }
+
+
 def _json_lines(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
     # Read as bytes: text mode also ends lines at characters that JSON strings may contain.
     with path.open("rb") as lines:
@@ -120,7 +217,10 @@ def _json_lines(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
+                # Decimals as they are written; ValueError is also for integers beyond Python's limit.
+                record = json.loads(
+                    line.decode("utf-8-sig"), object_pairs_hook=_object, parse_float=Decimal
+                )
             except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{path}, {place}: malformed JSON ({error}); expected one object a line"
@@ -152,10 +252,16 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a Parquet file ({error})") from error
     columns = [field for field in _FIELDS if field in file.schema_arrow.names]
+    arrow_names = {"float": "float32", "halffloat": "float16"}
+    types = {
+        field: arrow_names[str(file.schema_arrow.field(field).type)]
+        for field in columns
+        if str(file.schema_arrow.field(field).type) in arrow_names
+    }
     number = 0
     try:
         for batch in file.iter_batches(columns=columns):
-            for record in _text_rows(batch):
+            for record in _narrowed(_text_rows(batch), types):
                 number += 1
                 yield number, f"row {number}", record
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -190,7 +296,10 @@ def _dataset_rows(name: str) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
         raise ValueError(
             f"{name}: datasets could not load split {split!r} of {repository!r}: {error}"
         ) from error
-    for number, record in enumerate(rows, start=1):
+    features = getattr(rows, "features", None) or {}
+    kinds = {name: str(getattr(feature, "dtype", "")) for name, feature in features.items()}
+    types = {name: kind for name, kind in kinds.items() if kind in ("float16", "float32")}
+    for number, record in enumerate(_narrowed(rows, types), start=1):
         yield number, f"row {number}", record
 
 

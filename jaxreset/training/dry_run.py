@@ -57,6 +57,11 @@ def describe(config: Config, console: Console) -> None:
         f"problems              {train:,} to train on, {test:,} held out, "
         f"{experiment.overlong.dropped} dropped (longest prompt {experiment.overlong.longest} tokens)"
     )
+    if experiment.problems.ungradable:
+        console.print(
+            f"  ungradable          {experiment.problems.ungradable:,} more left out: their answers "
+            "(proof, not found, NaN) can't be compared"
+        )
     experiment.task.close()
 
 

@@ -170,7 +170,7 @@ def _make_experiment(config: Config) -> Experiment:
     limit = config.sampling.max_prompt_tokens
     train, overlong = fit_prompts(problems.train, task, policy.tokenizer, limit, refuse=refuse)
     test, _ = fit_prompts(problems.test, task, policy.tokenizer, limit, refuse=refuse)
-    problems = Problems(train, test)
+    problems = problems._replace(train=train, test=test)
 
     s = config.sampling
     sampler = Sampler.for_policy(
