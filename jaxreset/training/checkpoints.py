@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -17,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxreset.config import Checkpoint
 from jaxreset.errors import RunError
+from jaxreset.json_text import dumps, loads
 from jaxreset.parallel.processes import fetch, gather, is_leader, wait_for_all
 from jaxreset.training.checksums import checksums
 from jaxreset.training.update import TrainState
@@ -216,7 +216,7 @@ def _unreadable(path: Path, step: int) -> str | None:
         with _alone():
             ocp.checkpointables_metadata(path / str(step))
         if metrics.exists():
-            float(json.loads(metrics.read_bytes())[ACCURACY])
+            float(loads(metrics.read_bytes())[ACCURACY])
     except Exception as error:
         return _reason(error)
     return None
@@ -247,7 +247,7 @@ def _with_sums(state: Any, record: dict[str, Any]) -> dict[str, Any]:
 
 def _sums(state: dict[str, Any], record: dict[str, Any]) -> np.ndarray:
     """Checksums of the arrays in their names' order, and of the record: uint32 `[arrays + 1]`."""
-    of_record = zlib.crc32(json.dumps(record, sort_keys=True).encode())
+    of_record = zlib.crc32(dumps(record, sort_keys=True).encode())
     return np.append(fetch(checksums(state)), np.uint32(of_record))
 
 

@@ -76,7 +76,7 @@ def _latest(experiment: Experiment, folder: RunFolder) -> tuple[int, Policy]:
                 f"run.dir {config.run.dir} holds no checkpoint, and model.path is null; train first"
             )
         return 0, policy
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.optimizer_steps)
     params, frozen = trained(policy.params)
     state, progress = checkpoints.restore(init_state(params, optimizer))
     params = nnx.merge_state(state.params, frozen)
