@@ -49,7 +49,9 @@ class Group:
         return sum(map(len, self.suffixes))
 
 
-ROUNDING = 1e-12  # between rewards that came to be equal by different sums, relative to the largest
+# Between rewards that came to be equal by different sums, relative to the largest.
+ROUNDING = 32 * float(np.finfo(np.float64).eps)
+
 _advantages = jax.jit(group_advantages, static_argnames="scale")
 
 
