@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from jaxreset.errors import PREEMPTED, ConfigError, PreemptedError, RunError
+from jaxreset.json_text import dumps
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file; see configs/")]
 Overrides = Annotated[
@@ -91,7 +91,7 @@ def evaluate(
     if not is_leader():
         return
     if as_json:
-        typer.echo(json.dumps({"step": step, **result}))
+        typer.echo(dumps({"step": step, **result}))
         return
     console = Console()
     console.print(f"step {step}, {result['eval/problems']:.0f} held-out problems")
@@ -124,7 +124,7 @@ def plan(
     notes = Console(stderr=True, quiet=as_json)
     report = make_plan(settings, topology, largest=largest, say=notes.print)
     if as_json:
-        typer.echo(json.dumps(report.as_json()))
+        typer.echo(dumps(report.as_json()))
         return
     show(report, Console())
 

@@ -191,7 +191,9 @@ class Loss(Section):
         "sampler", description="whose log-probabilities the clipped ratio is taken to"
     )
     importance_cap: PositiveFloat | None = Field(
-        None, description="weigh tokens by trainer / sampler probability, at most this"
+        None,
+        description="weigh tokens by trainer / sampler probability, at most this; with clip only where "
+        "ratio_to is trainer",
     )
     kl: NonNegativeFloat = Field(0.0, description="pull towards the policy training started from")
     kl_estimator: KLEstimator = "k3"
@@ -208,8 +210,10 @@ class Optimizer(Section):
     """AdamW."""
 
     learning_rate: PositiveFloat = 3e-4
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: NonNegativeInt = 0
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="the others fall to 0 where training ends, update by update"
+    )
+    warmup_steps: NonNegativeInt = Field(0, description="optimizer updates in which the rate rises")
     weight_decay: NonNegativeFloat = 0.01
     b1: float = Field(0.9, ge=0, lt=1)
     b2: float = Field(0.999, ge=0, lt=1)
@@ -222,12 +226,15 @@ class Train(Section):
     steps: NonNegativeInt = 30
     prompts_per_step: PositiveInt = 32
     minibatch_prompts: PositiveInt | None = Field(None, description="null: one minibatch a step")
-    epochs: PositiveInt = Field(1, description="passes over a step's minibatches")
+    epochs: PositiveInt = Field(
+        1, description="passes over a step's minibatches; later ones repeat what an update has used"
+    )
     microbatch_tokens: PositiveInt = Field(
         8192, description="token slots in one forward pass; one group always fits"
     )
     min_signal_groups: NonNegativeInt | None = Field(
-        None, description="groups with a gradient before the optimizer steps; 0: always step"
+        None,
+        description="groups with a gradient before the optimizer steps, each counted once; 0: always step",
     )
     remat: bool = Field(False, description="recompute activations in the backward pass")
     max_nonfinite: PositiveInt = Field(5, description="bad gradients in a row that end the run")
@@ -344,21 +351,38 @@ class Config(Section):
                 f"train.prompts_per_step {self.train.prompts_per_step} is not divisible by "
                 f"train.minibatch_prompts {self.minibatch_prompts}"
             )
-        if self.loss.dual_clip is not None and self.loss.clip is None:
+        clip = self._method_loss().clip
+        if self.loss.dual_clip is not None and clip is None:
             raise ValueError(f"loss.dual_clip={self.loss.dual_clip} needs loss.clip")
-        if self.train.epochs > 1 and self.loss.clip is None:
+        if self.train.epochs > 1 and clip is None:
             raise ValueError(
                 f"train.epochs={self.train.epochs} needs loss.clip, such as 0.2: after the first pass "
                 "the policy is another than the one that sampled"
             )
-        if self.loss.ratio_to == "trainer" and self.loss.clip is None:
+        if self.loss.ratio_to == "trainer" and clip is None:
             raise ValueError("loss.ratio_to=trainer needs loss.clip: without it there is no ratio")
+        cap = self.loss.importance_cap
+        if cap is not None and clip is not None and self.loss.ratio_to == "sampler":
+            raise ValueError(
+                f"loss.importance_cap={cap} with loss.clip={clip} and loss.ratio_to=sampler: the ratio to "
+                "the sampler would count twice; set loss.ratio_to=trainer, or leave one of the two out"
+            )
         return self
 
     @property
     def minibatch_prompts(self) -> int:
         """Prompts in one optimizer step."""
         return self.train.minibatch_prompts or self.train.prompts_per_step
+
+    @property
+    def passes(self) -> int:
+        """Over minibatches in one training step; each may end with an optimizer step."""
+        return self.train.prompts_per_step // self.minibatch_prompts * self.train.epochs
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Of the whole training, where none waits for signal."""
+        return self.train.steps * self.passes
 
     def make_objective(self) -> Objective:
         """The groups that are drawn."""
@@ -375,14 +399,7 @@ class Config(Section):
 
     def resolved(self) -> Config:
         """The same config with the method's choices written out."""
-        paper_grpo = self.method == "paper" and self.objective == "grpo"
-        loss = self.loss
-        if paper_grpo and loss.clip is None and loss.aggregation is None:
-            loss = loss.model_copy(update={"clip": 0.2, "dual_clip": 3.0, "aggregation": "token"})
-        scale = loss.advantage_scale or ("sample_std" if paper_grpo else "std")
-        loss = loss.model_copy(
-            update={"aggregation": loss.aggregation or "sequence", "advantage_scale": scale}
-        )
+        loss = self._method_loss()
         truncation = {"top_p": self.sampling.top_p, "top_k": self.sampling.top_k}
         greedy = self.method == "paper" and self.reset.layout.startswith("1x")
         localizer = _filled(
@@ -396,6 +413,18 @@ class Config(Section):
         evaluation = _filled(self.eval, truncation)
         return self.model_copy(
             update={"loss": loss, "train": train, "reset": reset, "eval": evaluation}
+        )
+
+    def _method_loss(self) -> Loss:
+        """The loss with the method's choices written out."""
+        paper_grpo = self.method == "paper" and self.objective == "grpo"
+        loss = self.loss
+        if paper_grpo and loss.clip is None and loss.aggregation is None:
+            clipped = {"clip": 0.2, "dual_clip": loss.dual_clip or 3.0, "aggregation": "token"}
+            loss = loss.model_copy(update=clipped)
+        scale = loss.advantage_scale or ("sample_std" if paper_grpo else "std")
+        return loss.model_copy(
+            update={"aggregation": loss.aggregation or "sequence", "advantage_scale": scale}
         )
 
 

@@ -49,6 +49,9 @@ class Group:
         return sum(map(len, self.suffixes))
 
 
+# Between rewards that came to be equal by different sums, relative to the largest.
+ROUNDING = 32 * float(np.finfo(np.float64).eps)
+
 _advantages = jax.jit(group_advantages, static_argnames="scale")
 
 
@@ -69,7 +72,9 @@ def set_advantages(
       cut_penalty: taken off the rewards of cut responses first (as in DAPO, arXiv 2503.14476).
       mask_cut: cut responses get no advantage, though the others' are normalised with theirs.
 
-    A reward that isn't finite makes the advantages of its set NaN, which an update then skips.
+    Rewards that differ by no more than float64's rounding, as 0.1 + 0.2 does from 0.3, are equal, and where
+    all of a set are, nobody has an advantage. A reward that isn't finite makes the advantages of its set
+    NaN, which an update then skips.
 
     Raises:
       ValueError: more sets or rollouts than `size`.
@@ -83,7 +88,7 @@ def set_advantages(
         raise ValueError(f"{len(members)} sets of up to {widest} rollouts exceed size={size}")
     for row, together in enumerate(members.values()):
         joined = np.concatenate([g.rewards - cut_penalty * g.cut for g in together])
-        rewards[row, : len(joined)], where[row, : len(joined)] = joined, True
+        rewards[row, : len(joined)], where[row, : len(joined)] = _from_lowest(joined), True
     advantages = np.asarray(_advantages(rewards, where=where, scale=scale))
     for row, together in enumerate(members.values()):
         ends = np.cumsum([len(g.rewards) for g in together])
@@ -91,3 +96,11 @@ def set_advantages(
             group.advantages = advantages[row, end - len(group.rewards) : end]
             if mask_cut:
                 group.advantages = np.where(group.cut, 0, group.advantages)
+
+
+def _from_lowest(rewards: np.ndarray) -> np.ndarray:
+    """What rewards have more than the lowest, before float32 takes digits off those that lie near."""
+    if not np.isfinite(rewards).all() or not rewards.size:
+        return np.full(rewards.shape, np.nan)
+    more = rewards - rewards.min()
+    return np.where(more <= ROUNDING * np.abs(rewards).max(), 0, more)

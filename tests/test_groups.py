@@ -143,3 +143,47 @@ def test_cut_responses_can_lose_reward_or_their_advantage():
     uncut = group([1.0, 0.0])  # by default
     set_advantages([uncut], scale="none", size=SIZE, cut_penalty=0.5, mask_cut=True)
     np.testing.assert_allclose(uncut.advantages, [0.5, -0.5])
+
+
+@pytest.mark.parametrize("scale", ["std", "sample_std", "none"])
+@repeatable
+@given(
+    reward=st.floats(-1e3, 1e3),
+    penalty=st.floats(0, 10),
+    size=st.integers(2, 8),
+    wide=st.sampled_from([np.float64, np.float32]),
+)
+def test_a_penalty_for_all_gives_nobody_an_advantage(scale, reward, penalty, size, wide):
+    """All are cut, or those that aren't get as little."""
+    every, some = group(wide([reward] * size)), group([reward + penalty] * size, prompt=1)
+    every.cut = np.ones(size, bool)
+    some.cut = np.arange(size) > 0
+    some.rewards[0] -= penalty
+    set_advantages([every, some], scale=scale, size=SIZE, cut_penalty=penalty)
+    assert not every.has_signal
+    assert not some.has_signal
+
+
+def test_nobody_has_an_advantage_where_all_are_masked():
+    made = group([1.0, 0.0, 0.25, 1.0])
+    made.cut = np.ones(4, bool)
+    set_advantages([made], scale="std", size=SIZE, mask_cut=True)
+    assert not made.has_signal
+
+
+@pytest.mark.parametrize("scale", ["std", "sample_std", "none"])
+def test_rewards_that_came_to_be_equal_by_other_sums_are_equal(scale):
+    sums = group([0.1 + 0.2, 0.3, 0.6 - 0.3, 3 * 0.1])
+    assert len(set(sums.rewards)) > 1
+    apart, second = group([0.1 + 0.2] * 4, prompt=1), group([0.3] * 4, prompt=1)
+    advantages([sums, apart, second], scale)
+    assert not any(g.has_signal for g in (sums, apart, second))
+
+
+def test_rewards_that_lie_near_keep_their_difference():
+    """Of which float32 would leave nothing."""
+    near = group([1000.0, 1000.00001, 1000.00001, 1000.00002])
+    large = group([1e12, 1e12 + 1, 1e12, 1e12], prompt=1)
+    advantages([near, large])
+    np.testing.assert_allclose(near.advantages, reference([0, 1, 1, 2], "std"), atol=1e-4)
+    np.testing.assert_allclose(large.advantages, reference([0, 1, 0, 0], "std"), atol=1e-6)

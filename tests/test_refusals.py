@@ -178,6 +178,15 @@ REFUSED = [
     ),
     chain("method=paper reset.when=all_failed", "reset.when=all_failed", "leave both out"),
     chain("loss.dual_clip=3", "loss.dual_clip=3", "needs loss.clip"),
+    chain(
+        "loss.clip=0.2 loss.importance_cap=2",
+        "loss.importance_cap=2.0 with loss.clip=0.2 and loss.ratio_to=sampler",
+        "set loss.ratio_to=trainer, or leave one of the two out",
+    ),
+    chain(
+        "objective=grpo method=paper loss.importance_cap=2",
+        "loss.importance_cap=2.0 with loss.clip=0.2 and loss.ratio_to=sampler",
+    ),
     math("reset.rule=oracle", "reset.rule=oracle", "use chain, or another rule"),
     math("warm_start.steps=5", "warm_start.steps=5", "set it to 0"),
     math("data.path=null", "data.path is null", "name a file"),

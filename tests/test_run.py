@@ -27,12 +27,15 @@ from jaxreset.config_file import load_config
 from jaxreset.errors import RunError
 from jaxreset.models.adapters import trained
 from jaxreset.models.policy import load_policy
+from jaxreset.reporting.curve import draw_curve
+from jaxreset.reporting.report import write_report
 from jaxreset.tasks import pipeline
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask
 from jaxreset.training.checkpoints import Checkpoints, load_params
 from jaxreset.training.loop import train
 from jaxreset.training.run_folder import RunFolder
+from jaxreset.training.setup import make_experiment
 from jaxreset.training.update import init_state, make_optimizer
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -126,14 +129,44 @@ def test_rewards_that_are_not_finite_skip_updates_and_end_the_run(tmp_path, monk
     assert [file.name for file in files] == [f"step_{n:06d}.jsonl" for n in (1, 2, 3)]
     for file in files:
         for line in file.read_text().splitlines():
-            group = json.loads(line)
-            assert (
-                not np.isfinite(group["rewards"]).all()
-                or not np.isfinite(group["advantages"]).all()
-            )
+            group = json.loads(line, parse_constant=pytest.fail)  # NaN is no JSON
+            assert None in group["rewards"] or None in group["advantages"]
             assert len(group["suffixes"]) == len(group["suffix_texts"]) == len(group["rewards"])
-    history = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    history = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [line["skipped_updates"] for line in history[1:]] == [1, 1]  # the third ended the run
+    assert [line["grad_norm"] for line in history[1:]] == [None, None]
+    for file in (tmp_path / "rollouts").iterdir():
+        for line in file.read_text().splitlines():
+            json.loads(line, parse_constant=pytest.fail)
+    curve = draw_curve(history, tmp_path / "learning_curve.png")
+    assert "class='wrong'" in write_report(tmp_path, history, curve).read_text()
+
+
+def test_a_run_in_bfloat16_learns_from_resets(tmp_path):
+    """With a falling rate, and minibatches."""
+    options = "train.minibatch_prompts=2", "optimizer.schedule=linear", "warm_start.steps=0"
+    config = tiny(
+        tmp_path, "model.dtype=bfloat16", "train.steps=2", "train.min_signal_groups=0", *options
+    )
+    before = new_params(config)
+    done = train(config)
+    for line in done.history[1:]:
+        assert np.isfinite(list(line.values())).all()
+        assert line["groups/with_signal"] > 0
+        assert line["optimizer_steps"] == 2
+        assert line["grad_norm"] > 0
+        assert line["logp_gap"] < 0.1
+    full = config.optimizer.learning_rate  # the second of four updates, then the last
+    rates = [line["learning_rate"] for line in done.history[1:]]
+    np.testing.assert_allclose(rates, [0.75 * full, 0.25 * full], rtol=1e-6)
+    for old, new in zip(before, jax.tree.leaves(done.policy.params), strict=True):
+        assert new.dtype == np.float32  # what is trained is kept wide
+        assert not np.array_equal(old, new)
+
+
+def new_params(config):
+    return [np.float32(x) for x in jax.tree.leaves(make_experiment(config).policy.params)]
 
 
 def test_a_verifier_that_fails_on_some_responses_does_not_end_a_run(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ and from the shards' headers, before a tensor is read or anything is compiled.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -27,6 +26,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxreset.disk import check_room, writing
+from jaxreset.json_text import dumps
 from jaxreset.models import config_json, reading
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.config_json import read_config, read_json
@@ -383,4 +383,4 @@ def _stored_arrays(config: DecoderConfig, params: nnx.State) -> Iterator[tuple[s
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """Writes it as Hugging Face does."""
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

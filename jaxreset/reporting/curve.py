@@ -27,8 +27,9 @@ def draw_curve(history: Sequence[dict[str, Any]], path: Path, *, title: str = ""
     for line in history:
         total += line.get("tokens_sampled", 0)
         tokens[line["step"]] = total / 1e6
-    trained = [line for line in history if "reward/mean" in line]
-    evaluated = [line for line in history if "eval/accuracy" in line]
+    # What wasn't finite is None.
+    trained = [line for line in history if line.get("reward/mean") is not None]
+    evaluated = [line for line in history if line.get("eval/accuracy") is not None]
     for axis, place in ((left, lambda s: s), (right, tokens.__getitem__)):
         axis.plot(
             [place(line["step"]) for line in trained],

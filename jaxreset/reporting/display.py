@@ -111,7 +111,7 @@ class Display:
         for line in history:
             tokens += line.get("tokens_sampled", 0)
             seconds += line.get("seconds", 0)
-            if "eval/accuracy" in line:
+            if line.get("eval/accuracy") is not None:
                 mean, low, high = (line[f"eval/accuracy{s}"] for s in ("", "_low", "_high"))
                 table.add_row(
                     str(line["step"]),

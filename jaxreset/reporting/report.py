@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from jaxreset.json_text import loads
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -47,7 +48,7 @@ def write_report(
     """
     image = base64.b64encode(curve.read_bytes()).decode()
     config = (folder / "config.yaml").read_text()
-    shown = [line for line in history if "eval/accuracy" in line]
+    shown = [line for line in history if line.get("eval/accuracy") is not None]
     parts = [
         f"<!doctype html><meta charset='utf-8'><title>{escape(folder.name)}</title>",
         f"<style>{STYLE}</style><h1>{escape(folder.name)}</h1>",
@@ -79,7 +80,7 @@ def _number(value: float | None) -> str:
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     """A JSONL file's objects; none where there is no file."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _alarm(alarm: dict[str, Any]) -> str:
@@ -104,7 +105,7 @@ def _tree(tree: dict[str, Any]) -> str:
         kept = group["kept"]
         parts.append(f"<div class='group'><b>{title}</b>")
         for row in group["rows"]:
-            kind = "right" if row["reward"] >= 0.5 else "wrong"
+            kind = "right" if (row["reward"] or 0) >= 0.5 else "wrong"  # None: it wasn't finite
             drawn = escape(row["text"].removeprefix(kept))
             text = f"<span class='kept'>{escape(kept)}</span>{drawn}"
             parts.append(f"<pre class='{kind}'>{text}</pre>")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from jaxreset.config import Config
+from jaxreset.json_text import dumps, loads
 from jaxreset.parallel.processes import is_leader
 
 Record = dict[str, Any]
@@ -114,7 +114,7 @@ class Trackers:
         if run is None:
             name, sent = uuid4().hex[:12], {}
             run = start(name)
-            file.write_text(json.dumps({"project": config.run.wandb_project, "id": name}) + "\n")
+            file.write_text(dumps({"project": config.run.wandb_project, "id": name}) + "\n")
         first = getattr(run, "step", None)  # the next that it takes; lower ones it drops
         if not isinstance(first, int):
             first = None
@@ -136,7 +136,7 @@ class Trackers:
 def _read(file: Path) -> Record:
     """A JSON file; nothing where there is none, or it is damaged."""
     try:
-        value = json.loads(file.read_text())
+        value = loads(file.read_text())
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -110,7 +110,7 @@ def make_subject(
     graph, params = abstract_decoder(model)
     params = place(params, param_shardings(mesh, params))
     learnt, frozen = adapters.trained(params)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.optimizer_steps)
     state = abstract_state(learnt, optimizer)
     whole = nnx.merge_state(state.params, frozen)
     states, size = _states(delimiter, answer_marker), model.vocab
@@ -202,7 +202,7 @@ def accumulate_microbatch(subject: Subject, shape: PackShape) -> Call:
 
 def apply_gradients(subject: Subject) -> Call:
     """The optimizer's step."""
-    args = subject.state, _all_at(np.float32(1), subject.whole)
+    args = subject.state, *_all_at((np.float32(1), np.int32(0)), subject.whole)
     static = {"optimizer": subject.optimizer, "layout": layout_of(subject.state)}
     return Call(apply, args, static)
 

@@ -5,7 +5,6 @@ All that an alarm depends on is in the metrics so far, so a run that goes on sou
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxreset.config import Config
+from jaxreset.json_text import dumps, loads
 from jaxreset.parallel.processes import is_leader
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ class Alarms:
             return
         self._sounded.add(alarm.kind)
         with self._file.open("a") as file:
-            file.write(json.dumps(alarm._asdict()) + "\n")
+            file.write(dumps(alarm._asdict()) + "\n")
         shown = "" if alarm.response is None else f" A response: {alarm.response!r}"
         logger.warning("step %d: %s%s", alarm.step, alarm.text, shown)
         self._show(alarm)
@@ -187,7 +187,7 @@ class Alarms:
 def read_alarms(file: Path) -> list[Alarm]:
     """The alarms of a run."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [Alarm(**json.loads(line)) for line in lines if line.endswith("\n")]
+    return [Alarm(**loads(line)) for line in lines if line.endswith("\n")]
 
 
 def _solved(line: Record) -> bool:

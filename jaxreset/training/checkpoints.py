@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -19,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxreset.config import Checkpoint
 from jaxreset.disk import room
 from jaxreset.errors import RunError
+from jaxreset.json_text import dumps, loads
 from jaxreset.models.precision import widened
 from jaxreset.parallel.processes import fetch, gather, is_leader, wait_for_all
 from jaxreset.training.checksums import checksums
@@ -242,7 +242,7 @@ def _unreadable(path: Path, step: int) -> str | None:
         with _alone():
             ocp.checkpointables_metadata(path / str(step))
         if metrics.exists():
-            float(json.loads(metrics.read_bytes())[ACCURACY])
+            float(loads(metrics.read_bytes())[ACCURACY])
     except Exception as error:
         return _reason(error)
     return None
@@ -281,7 +281,7 @@ def _sums(state: dict[str, Any], record: dict[str, Any]) -> np.ndarray:
 
 
 def _sum_of(record: dict[str, Any]) -> np.uint32:
-    return np.uint32(zlib.crc32(json.dumps(record, sort_keys=True).encode()))
+    return np.uint32(zlib.crc32(dumps(record, sort_keys=True).encode()))
 
 
 def _load(

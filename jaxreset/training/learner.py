@@ -26,6 +26,7 @@ from jaxreset.training.update import (
     committed,
     init_state,
     layout_of,
+    learning_rate,
     measure,
     score,
     start_anew,
@@ -38,6 +39,52 @@ class Minibatch(NamedTuple):
     groups: list[Group]
     batches: list[GroupBatch]
     normalizer: float
+
+    @property
+    def signal(self) -> int:
+        """How many of its groups the wait for signal counts."""
+        return sum(g.has_signal for g in self.groups)
+
+
+class Turn(NamedTuple):
+    """A pass over a minibatch: its place among the step's, the minibatch, whether an update follows."""
+
+    pass_: int
+    minibatch: Minibatch
+    steps: bool
+
+
+def turns(
+    minibatches: Sequence[Minibatch], *, epochs: int, least: int, signal: int, normalizer: float
+) -> list[Turn]:
+    """Which minibatches a step adds to the gradients, in turn, and when the optimizer steps.
+
+    What waits in the sum for an update is there with the current weights already, and isn't added again: a
+    group counts once. What a later pass would add and no update of this step takes up is left out, as its
+    groups have been learnt from; groups that never were stay in the sum until the gate opens.
+
+    Args:
+      minibatches: of the step.
+      epochs: passes over them.
+      least: groups with signal that open the gate.
+      signal, normalizer: what waits in the sum from steps before.
+    """
+    found, waiting = list[Turn](), set[int]()
+    for pass_ in range(epochs * len(minibatches)):
+        number = pass_ % len(minibatches)
+        if number in waiting:
+            continue
+        waiting.add(number)
+        minibatch = minibatches[number]
+        signal += minibatch.signal
+        normalizer += minibatch.normalizer
+        opens = signal >= least and normalizer > 0
+        found.append(Turn(pass_, minibatch, opens))
+        if opens:
+            signal, normalizer = 0, 0.0
+            waiting.clear()
+    last = max((n for n, turn in enumerate(found) if turn.steps), default=-1)
+    return [t for n, t in enumerate(found) if n <= last or t.pass_ < len(minibatches)]
 
 
 class Learner:
@@ -72,6 +119,10 @@ class Learner:
             "graph": policy.graph,
             "remat": config.train.remat,
             "mesh": mesh,
+        }
+        self._schedule: dict[str, Any] = {
+            "config": config.optimizer,
+            "steps": config.optimizer_steps,
         }
         params, frozen = trained(policy.params)
         self._frozen = committed(frozen)
@@ -108,12 +159,12 @@ class Learner:
             ).compile()
         smallest = self._frozen, plain, self.temperature
         measure.lower(params, *smallest, **self._static).compile()
-        apply.lower(
-            self.state, np.float32(1), optimizer=self.optimizer, layout=self._layout
-        ).compile()
+        static = {"optimizer": self.optimizer, "layout": self._layout}
+        apply.lower(self.state, np.float32(1), np.int32(0), **static).compile()
+        learning_rate.lower(np.int32(0), np.int32(0), **self._schedule).compile()
 
     def learn(self, groups: Sequence[Group], prompts: int) -> dict[str, float]:
-        """One training step: an optimizer step for each minibatch, unless it waits for signal.
+        """One training step: an optimizer step for each minibatch, unless it waits for signal; see `turns`.
 
         Args:
           groups: of the step, with advantages.
@@ -121,7 +172,7 @@ class Learner:
 
         Returns:
           Metrics `loss`, `grad_norm`, `logp_gap`, `policy/entropy`, `groups/*`, `update/*`,
-          `optimizer_steps`.
+          `optimizer_steps`, `learning_rate` (of the last update, or of one that would come now).
         """
         metrics = self._measure(groups)
         size = self.config.minibatch_prompts
@@ -131,13 +182,21 @@ class Learner:
         ]
         normalizer = steps = skipped = 0.0
         loss, norms = 0.0, []
-        for minibatch in minibatches * self.config.train.epochs:
-            loss += self._accumulate(minibatch)
-            normalizer += minibatch.normalizer
-            least = self.config.train.min_signal_groups or 0
-            if self.progress.signal_groups < least or self.progress.normalizer == 0:
+        first = self.progress.step * self.config.passes
+        place = self.progress.version, first + len(minibatches) - 1
+        for turn in turns(
+            minibatches,
+            epochs=self.config.train.epochs,
+            least=self.config.train.min_signal_groups or 0,
+            signal=self.progress.signal_groups,
+            normalizer=self.progress.normalizer,
+        ):
+            loss += self._accumulate(turn.minibatch)
+            normalizer += turn.minibatch.normalizer
+            if not turn.steps:
                 continue
-            norms.append(self._apply())
+            place = self.progress.version, first + turn.pass_
+            norms.append(self._apply(place[1]))
             steps += bool(np.isfinite(norms[-1]))
             skipped += not np.isfinite(norms[-1])
         signal = sum(g.has_signal for g in groups)
@@ -147,6 +206,7 @@ class Learner:
         return metrics | {
             "loss": loss / max(normalizer, 1.0),
             "grad_norm": float(np.mean(norms)) if norms else 0.0,
+            "learning_rate": float(learning_rate(*map(np.int32, place), **self._schedule)),
             "optimizer_steps": steps,
             "skipped_updates": skipped,
             "groups/drawn": float(len(groups)),
@@ -184,9 +244,8 @@ class Learner:
         """Adds a minibatch's gradient to the state's; returns its loss, undivided."""
         total = self._sum_gradients(minibatch.batches)
         self._pending += minibatch.groups
-        signal = sum(g.has_signal for g in minibatch.groups)
         self.progress = self.progress._replace(
-            signal_groups=self.progress.signal_groups + signal,
+            signal_groups=self.progress.signal_groups + minibatch.signal,
             normalizer=self.progress.normalizer + minibatch.normalizer,
         )
         return total
@@ -218,11 +277,17 @@ class Learner:
             return float(sum(g.tokens for g in groups))
         return float(rows * self.config.sampling.max_response_tokens)
 
-    def _apply(self) -> float:
-        """One optimizer step, skipped where the gradient isn't finite; returns its norm."""
-        normalizer = np.float32(self.progress.normalizer)
+    def _apply(self, position: int) -> float:
+        """One optimizer step, skipped where the gradient isn't finite; returns its norm.
+
+        `position`: passes over minibatches before this one since training began.
+        """
         self.state, norm = apply(
-            self.state, normalizer, optimizer=self.optimizer, layout=self._layout
+            self.state,
+            np.float32(self.progress.normalizer),
+            np.int32(position),
+            optimizer=self.optimizer,
+            layout=self._layout,
         )
         finite = bool(np.isfinite(norm))
         bad = 0 if finite else self.progress.nonfinite + 1

@@ -114,7 +114,7 @@ def _prepare(
         policy = _warm_start(experiment, folder, display)
     else:
         policy = started_from(experiment, folder)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.optimizer_steps)
 
     def on_nonfinite(step: int, groups: list[Group]) -> None:
         folder.save_nonfinite(step, [_group_record(g, experiment.decode) for g in groups])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from jaxreset.config import Config
 from jaxreset.config_file import DUMPED, dump_config
 from jaxreset.errors import ConfigError
+from jaxreset.json_text import dumps, loads
 from jaxreset.parallel.processes import gather, is_leader
 from jaxreset.training.checkpoints import ACCURACY, saved_steps
 from jaxreset.training.scoring import Record, keep_errors
@@ -164,7 +164,7 @@ class RunFolder:
         if not is_leader():
             return
         kept = [line for line in self.history() if line["step"] <= step]
-        _write(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        _write(self.metrics, "".join(dumps(line) + "\n" for line in kept))
         evaluated = self.evaluated(step)
         _cut(self.alarms, lambda alarm: alarm["step"] <= step)
         _cut(
@@ -182,14 +182,14 @@ class RunFolder:
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [loads(line) for line in lines if line.endswith("\n")]
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Appends one step's metrics."""
         if not is_leader():
             return
         with self.metrics.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(dumps(metrics) + "\n")
 
     def evaluated(self, step: int) -> bool:
         """Whether the metrics hold this step's accuracy."""
@@ -201,7 +201,7 @@ class RunFolder:
             return
         lines = {line["step"]: line for line in self.history()}
         lines[metrics["step"]] = lines.get(metrics["step"], {}) | metrics
-        _write(self.metrics, "".join(json.dumps(line) + "\n" for line in lines.values()))
+        _write(self.metrics, "".join(dumps(line) + "\n" for line in lines.values()))
 
     def save_nonfinite(self, step: int, groups: Sequence[dict[str, Any]]) -> None:
         """Writes groups for which a step's update was skipped."""
@@ -210,7 +210,7 @@ class RunFolder:
         file = self.nonfinite / f"step_{step:06d}.jsonl"
         file.parent.mkdir(exist_ok=True)
         with file.open("a") as lines:  # a step may have several minibatches
-            lines.writelines(json.dumps({"step": step, **group}) + "\n" for group in groups)
+            lines.writelines(dumps({"step": step, **group}) + "\n" for group in groups)
 
     def save_verifier_errors(self, errors: Sequence[Record]) -> None:
         """Keeps responses that the verifier failed on, and how."""
@@ -221,7 +221,7 @@ class RunFolder:
         """Writes a step's reset trees, and drops the oldest files over the disk limit."""
         if self._limit == 0 or not is_leader():
             return
-        text = "".join(json.dumps({"step": step, **tree}) + "\n" for tree in trees)
+        text = "".join(dumps({"step": step, **tree}) + "\n" for tree in trees)
         _write(self.rollouts / f"step_{step:06d}.jsonl", text)
         files = sorted(self.rollouts.glob("step_*.jsonl"))
         total = sum(file.stat().st_size for file in files)
@@ -234,7 +234,7 @@ class RunFolder:
 def _cut(file: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Drops a JSONL file's other objects, and a line cut short by a crash; nothing left: the file."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and keep(json.loads(line))]
+    kept = [line for line in lines if line.endswith("\n") and keep(loads(line))]
     if kept:
         _write(file, "".join(kept))
     else:

@@ -7,7 +7,6 @@ broken, and the run ends with what it said.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxreset.errors import ConfigError, RunError
+from jaxreset.json_text import dumps
 from jaxreset.parallel import gather, own_share
 from jaxreset.tasks.base import Problem, Scores, Task, reward_of
 
@@ -164,7 +164,7 @@ def judge(
 
 def keep_errors(file: Path, errors: Sequence[Record]) -> None:
     """Appends the records to the file, as far as it has room."""
-    lines = [json.dumps(error) + "\n" for error in errors]
+    lines = [dumps(error) + "\n" for error in errors]
     size = file.stat().st_size if file.exists() else 0
     with file.open("a") as out:
         for line in lines:

@@ -7,6 +7,8 @@ an update waits for groups with a gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -42,7 +44,8 @@ class TrainState(NamedTuple):
     gradients: nnx.State
 
 
-class LossForm(NamedTuple):
+@dataclass(frozen=True)
+class LossForm:
     """The static choices of a loss; see `losses.policy_loss`.
 
     Attributes:
@@ -52,6 +55,9 @@ class LossForm(NamedTuple):
       importance_cap: see `losses.importance_weights`; None: no weights.
       kl, kl_estimator: coefficient of `losses.kl_penalty`.
       entropy_bonus: coefficient of the entropy.
+
+    Raises:
+      ValueError: `clip` and `importance_cap` without `recompute`: both would hold the ratio to the sampler.
     """
 
     aggregation: Aggregation = "sequence"
@@ -63,28 +69,81 @@ class LossForm(NamedTuple):
     kl_estimator: KLEstimator = "k3"
     entropy_bonus: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.clip is not None and self.importance_cap is not None and not self.recompute:
+            raise ValueError(
+                f"importance_cap={self.importance_cap} with clip={self.clip} and recompute=False counts "
+                "the ratio to the sampler twice; recompute, or leave one out"
+            )
+
     @property
     def regularized(self) -> bool:
         """Whether tokens have a gradient even where the advantage is 0."""
         return bool(self.kl or self.entropy_bonus)
 
 
-def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip; `steps` is where a decaying schedule ends."""
-    peak, warmup = config.learning_rate, config.warmup_steps
-    after: optax.Schedule = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, 0.0, max(steps - warmup, 1)),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, max(steps - warmup, 1)),
-    }[config.schedule]()
-    schedule = after
-    if warmup:
-        ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
-        schedule = optax.join_schedules([ramp, after], [warmup])
+@partial(jax.jit, static_argnames=("config", "steps"))
+def learning_rate(updates: Array, position: Array, *, config: Optimizer, steps: int) -> Array:
+    """The rate of an update.
+
+    The rise counts the updates themselves, since it is there for Adam's first ones; the decay follows the
+    training, of which fewer updates than `steps` are made where they wait for signal.
+
+    Args:
+      updates: scalar int, optimizer steps made so far.
+      position: scalar int, how many of `steps` the training has had a chance to make.
+      config, steps: static; see `make_optimizer`.
+    """
+    warmup = config.warmup_steps
+    decaying = max(steps - warmup, 1)
+    decay = {
+        "constant": optax.constant_schedule(1.0),
+        "linear": optax.linear_schedule(1.0, 0.0, decaying),
+        "cosine": optax.cosine_decay_schedule(1.0, decaying),
+    }[config.schedule]
+    risen = jnp.minimum((updates + 1) / max(warmup, 1), 1)
+    # By hand an update may be made without telling the position.
+    return (
+        config.learning_rate
+        * risen
+        * decay(jnp.maximum(jnp.maximum(updates, position) - warmup, 0))
+    )
+
+
+def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformationExtraArgs:
+    """AdamW behind a global-norm clip, whose `update` takes the training's `position`.
+
+    Args:
+      config: the optimizer's section.
+      steps: optimizer steps of the whole training, where a decaying schedule ends.
+    """
+    rate = partial(learning_rate, config=config, steps=steps)
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+        optax.chain(  # optax.adamw's parts, so that its state is the one that is saved
+            optax.scale_by_adam(b1=config.b1, b2=config.b2),
+            optax.add_decayed_weights(config.weight_decay),
+            _scale_by_rate(rate),
+        ),
     )
+
+
+def _scale_by_rate(
+    rate: Callable[[Array, Array], Array],
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_schedule` for a rate of the updates so far and of the position."""
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, position: Any = 0, **_: Any
+    ) -> tuple[Any, optax.ScaleByScheduleState]:
+        step = -rate(state.count, position)
+        scaled = jax.tree.map(lambda u: step.astype(u.dtype) * u, updates)
+        return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def init_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
@@ -219,8 +278,10 @@ def accumulate(
             weights = importance_weights(ours, batch.behavior_logps, cap=form.importance_cap)
         if form.kl:
             assert batch.reference_logps is not None  # the learner's part
-            reference = jnp.where(mask, batch.reference_logps, 0)
-            penalties += form.kl * kl_penalty(logps, reference, estimator=form.kl_estimator)
+            divergence = kl_penalty(
+                logps, batch.reference_logps, where=mask, estimator=form.kl_estimator
+            )
+            penalties += form.kl * divergence
         if form.entropy_bonus:
             penalties -= form.entropy_bonus * entropy[0]
         return policy_loss(
@@ -294,6 +355,7 @@ def measure(
 def apply(
     state: TrainState,
     normalizer: Array,
+    position: Array | int = 0,
     *,
     optimizer: optax.GradientTransformation,
     layout: Layout = None,
@@ -303,6 +365,7 @@ def apply(
     Args:
       state: donated.
       normalizer: scalar float32: rollouts or tokens behind the gradients.
+      position: scalar int32: how far the training is, see `learning_rate`.
       optimizer: static.
       layout: that of `state`, which the new state keeps; None leaves it to XLA.
 
@@ -311,9 +374,12 @@ def apply(
     """
     gradients = jax.tree.map(lambda g: g / normalizer.astype(g.dtype), state.gradients)
     norm = optax.tree.norm(gradients)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def step(_: None) -> tuple[nnx.State, optax.OptState]:
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(
+            gradients, state.opt_state, state.params, position=position
+        )
         return optax.apply_updates(state.params, updates), opt_state
 
     def skip(_: None) -> tuple[nnx.State, optax.OptState]:
