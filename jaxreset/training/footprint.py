@@ -23,6 +23,7 @@ from jaxreset.models.sizes import model_sizes
 from jaxreset.parallel import check_sizes, data_shards
 from jaxreset.parallel.collectives import Collective, collectives
 from jaxreset.parallel.topology import Slice, is_refusal, refusal
+from jaxreset.sampling.memory import RoundMemory
 from jaxreset.sampling.rounds import Shape
 from jaxreset.sampling.schedule import LaneShape
 from jaxreset.tasks.chain import TOKENIZER
@@ -99,19 +100,35 @@ class Case:
     @property
     def prefilled(self) -> list[Shape]:
         """Rounds whose prefixes run through the network: all but what goes on from rounds that are held."""
-        kept = caches.held(self.subject, self.plan, self.slice.memory)
+        kept = caches.held(self.memory, self.plan)
         gathered = {child for parent, child in self.plan.forks if parent in kept}
         if kept and self.config.reset.localizer.mode == "inline" and self.plan.localize is not None:
             gathered.add(self.plan.localize)
-        named = caches.rounds(self.subject, self.plan)
+        named = caches.rounds(self.config, self.plan)
         return [shape for shape in named if shape not in gathered]
 
     @property
     def lanes(self) -> LaneShape:
-        """Of all rounds' lanes, those that hold most."""
-        named = caches.rounds(self.subject, self.plan)
-        widest = [caches.widest_lanes(self.subject, shape) for shape in named]
-        return max(widest, key=caches.slots_of)
+        """Of all rounds' lanes, those that attend to most slots."""
+        parts = map(self.memory.part, caches.rounds(self.config, self.plan))
+        every = [lanes for part in parts for lanes in self.memory.lanes(part)]
+        return max(every, key=lambda at: at.groups * (at.prefix + at.rows * at.window))
+
+    @property
+    def memory(self) -> RoundMemory:
+        """In which sizes rounds are drawn, and what they take."""
+        subject, sampling = self.subject, self.config.sampling
+        params = jax.tree.leaves((subject.state.params, subject.frozen))
+        return RoundMemory(
+            subject.model,
+            sum(x.size * x.dtype.itemsize for x in params),
+            on_cpu=subject.on_cpu,
+            device_bytes=self.slice.memory,
+            mesh=subject.mesh,
+            slots=sampling.slots,
+            hold_cache=sampling.hold_cache,
+            parents=frozenset(parent for parent, _ in self.plan.forks),
+        )
 
     @property
     def pack(self) -> PackShape:
@@ -142,14 +159,14 @@ def make_case(config: Config, target: Slice) -> Case:
 
 def compiled(case: Case, say: Say) -> Iterator[Program]:
     """Each kind of program in its largest size; the update, which takes longest, comes last."""
-    subject, shapes = case.subject, case.plan
-    drawn = [caches.laid_out(subject, shape) for shape in case.prefilled]
+    subject, memory, shapes = case.subject, case.memory, case.plan
+    drawn = [memory.part(shape) for shape in case.prefilled]
     longest = max(drawn, key=lambda s: s.groups * s.prefix)
     yield compile_program("prefill", longest[::2], ahead.prefill(subject, longest), say)
     yield compile_program("decode", case.lanes, ahead.decode(subject, case.lanes), say)
-    kept = caches.held(subject, shapes, case.slice.memory)
+    kept = caches.held(memory, shapes)
     if forks := [(parent, child) for parent, child in shapes.forks if parent in kept]:
-        parent, child = (caches.laid_out(subject, shape) for shape in max(forks))
+        parent, child = map(memory.part, max(forks))
         yield compile_program("fork", child[::2], ahead.fork(subject, parent, child), say)
     yield compile_program("apply", (), ahead.apply_gradients(subject), say)
     call = ahead.accumulate_microbatch(subject, case.pack)
@@ -177,7 +194,7 @@ def phases(case: Case, programs: Sequence[Program]) -> dict[str, Phase]:
     keeps, needs = resident(subject), {p.name: p.temporary for p in programs}
     sampling = keeps | {
         "decoding copy": device_bytes_of(subject.decoding) if subject.copies else 0,
-        "caches": caches.most_bytes(subject, case.plan, memory),
+        "caches": caches.most_bytes(case.memory, case.config, case.plan),
         "temporary": max(needs.get(name, 0) for name in ("prefill", "decode", "fork")),
     }
     update = keeps | {

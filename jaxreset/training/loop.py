@@ -114,6 +114,9 @@ def _prepare(
         on_nonfinite,
         reference=jax.tree.map(jnp.copy, trained(policy.params)[0]) if config.loss.kl else None,
     )
+    # The learner's are trained from here on.
+    del policy
+    experiment.policy = experiment.policy.without_params()
     if restoring:
         like = abstract(learner.state)
         for leaf in jax.tree.leaves(learner.state):

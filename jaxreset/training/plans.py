@@ -104,7 +104,7 @@ def plan(
         phases=phases(case, programs),
         programs=programs,
         flops=_step_flops(case),
-        cuts=caches.cuts(case.subject, case.plan),
+        cuts=caches.cuts(case.memory, config, case.plan),
     )
     if not report.fits:
         report = replace(report, advice=tuple(advise(case, report.phases, programs)))
@@ -117,12 +117,12 @@ def _step_flops(case: Case) -> dict[str, float]:
     """Of each part of a step at its limits, on all devices."""
     model, shapes, objective = case.subject.model, case.plan, case.config.make_objective()
     made = {"prefill": 0.0, "decode": 0.0}
-    for shape, name in caches.rounds(case.subject, shapes).items():
+    for shape, name in caches.rounds(case.config, shapes).items():
         if name == "evaluate":
             continue
         times = objective.rungs if name == "resume" else 1
         if shape in case.prefilled:
-            prefixes = caches.laid_out(case.subject, shape).groups
+            prefixes = case.memory.part(shape).groups
             made["prefill"] += times * prefixes * flops.prefill_flops(model, shape.prefix)
         rows = times * shape.groups * shape.rows
         made["decode"] += rows * flops.decode_flops(model, shape.prefix, shape.suffix)
