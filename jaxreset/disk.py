@@ -77,7 +77,7 @@ def system_error(error: BaseException) -> int | None:
     return int(told[1]) if told else None
 
 
-def size(count: float) -> str:
+def size_text(count: float) -> str:
     """So many bytes, to be read."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
@@ -89,9 +89,9 @@ def size(count: float) -> str:
 def room(path: Path, needed: int | None = None) -> str:
     """What is needed and what is free, as far as either is known; else nothing."""
     free = free_bytes(path)
-    parts = [] if needed is None else [f"it takes {size(needed)}"]
+    parts = [] if needed is None else [f"it takes {size_text(needed)}"]
     if free is not None:
-        parts.append(f"{size(free)} are free on the disk of {path}")
+        parts.append(f"{size_text(free)} are free on the disk of {path}")
     return ", ".join(parts)
 
 

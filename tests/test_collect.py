@@ -464,7 +464,9 @@ def test_metrics():
 
 def test_draw_settings_reach_every_call():
     run = collect(LADDER, {0: "4444", 2: "4444", 4: "SSSS"})
-    assert [call.options for call in run.rounds.calls] == [DRAW] * 3
+    sampled, *resumed = (call.options for call in run.rounds.calls)
+    assert sampled == DRAW
+    assert resumed == [DRAW | {"release": True}] * 2
 
 
 def test_the_tree_of_a_prompt():

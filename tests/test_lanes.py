@@ -204,9 +204,9 @@ def test_every_row_is_found_on_its_page(data):
             found, np.arange(wanted[row]) + 1000 * (row[0] * rows + row[1]) + 1
         )
     # Pages hold a few rows too many, and windows twice what a row needs at most.
-    kept = sum(page[0].keys.size for page in pages.stores)
-    widths = {page[0].keys.shape[-1] for page in pages.stores}
-    if pages.stores[0][0].keys.shape[1:3] != (groups, rows):
+    kept = sum(page[0].keys.size for page in pages.stores.values())
+    widths = {page[0].keys.shape[-1] for page in pages.stores.values()}
+    if next(iter(pages.stores.values()))[0].keys.shape[1:3] != (groups, rows):
         spare = sum(2 * page_rows(width) * width for width in widths)
         assert kept <= spare + 2 * np.maximum(wanted, 32).sum()
 

@@ -6,17 +6,55 @@ CPU each layer has a stack of its own, since slicing a stack there is a copy at 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxreset.models.adapters import trained
+from jaxreset.models.adapters import merge, trained
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.decoder import Decoder
+from jaxreset.models.huggingface import abstract_decoder
 from jaxreset.models.precision import computing_decoder
 from jaxreset.parallel import decode_shardings
+from jaxreset.parallel.compiling import run
+
+Layout = tuple[nnx.GraphDef[Decoder], nnx.State]
+
+
+def decoding_layout(
+    graph: nnx.GraphDef[Decoder],
+    params: nnx.State,
+    config: DecoderConfig,
+    mesh: Mesh | None,
+    *,
+    on_cpu: bool,
+    run: Callable[..., Any] = run,
+) -> Layout:
+    """The policy as it decodes: graph and parameters; the same arrays where a copy would be no other.
+
+    Args:
+      graph, params, config: of the stacked decoder.
+      mesh: that the result lies on, see `parallel.decode_shardings`; None: one device.
+      on_cpu: whether the devices are a machine's cores.
+      run: calls a jitted function, or does so in shapes alone; see `parallel.compiling`.
+    """
+    if not on_cpu:
+        if decodes_as_it_is(params, config, mesh):
+            return graph, params
+        return graph, run(decoding_copy, params, graph=graph, unstacked=False, mesh=mesh)
+    # Adapters cost time at every token, but merged in bfloat16 they would be rounded away.
+    if config.lora is not None and jnp.finfo(config.dtype).bits >= 32:
+        params = run(merge, params, graph=graph)
+        config = dataclasses.replace(config, lora=None)
+        graph, _ = abstract_decoder(config)
+    copy = run(decoding_copy, params, graph=graph, unstacked=True, mesh=mesh)
+    return unstacked_graph(config), copy
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "unstacked", "mesh"))

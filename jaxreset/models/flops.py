@@ -6,8 +6,6 @@ matrix products, two operations for each multiplication and addition.
 
 from __future__ import annotations
 
-import math
-
 from jaxreset.models.block import DecoderConfig
 
 
@@ -79,9 +77,3 @@ def _adapters(config: DecoderConfig) -> int:
         "down": (c.mlp, c.width),
     }
     return lora.rank * sum(sum(sizes[name]) for name in lora.targets)
-
-
-def parameters(config: DecoderConfig) -> int:
-    """How many numbers a decoder's matrices and embeddings hold, adapters left out."""
-    embeddings = (1 if config.tie_embeddings else 2) * math.prod((config.vocab, config.width))
-    return config.layers * _matrices(config) + embeddings

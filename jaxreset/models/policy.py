@@ -98,6 +98,10 @@ class Policy:
         """The same policy with other parameters."""
         return dataclasses.replace(self, params=params, version=version)
 
+    def without_params(self) -> Policy:
+        """What is left to encode and decode with, where the parameters live elsewhere."""
+        return dataclasses.replace(self, params=nnx.State({}))
+
     def with_lora(
         self, rank: int, alpha: float, *, targets: Sequence[Target] = LINEAR, seed: int = 0
     ) -> Policy:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -176,5 +177,12 @@ def decode_shardings(mesh: Mesh, params: Any) -> Any:
 def device_bytes() -> int:
     """Memory that programs on a device may use, the least of all processes; for a CPU, the machine's."""
     stats = jax.local_devices()[0].memory_stats() or {}
+    return min(gather([int(stats.get("bytes_limit", _machine_bytes()))]))
+
+
+def _machine_bytes() -> int:
+    """Memory of this machine, or what a container grants of it."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(gather([int(stats.get("bytes_limit", machine))]))
+    granted = Path("/sys/fs/cgroup/memory.max")
+    text = granted.read_text().strip() if granted.is_file() else "max"
+    return min(machine, int(text)) if text.isdecimal() else machine

@@ -26,6 +26,7 @@ PAGE_SLOTS = 2048  # of a shard, in all of its rows together
 MOVED_ROWS = 8  # of a shard that one program moves
 
 Pair = tuple[np.ndarray, np.ndarray]
+Sizes = tuple[int, int, int]
 
 
 class Moves(Protocol):
@@ -66,14 +67,15 @@ class LaneCache:
         self._full = full
         self._shards = shards
         self._hold = hold
-        self._pages = Pages([], np.full(shape, -1), np.zeros(shape, int))
+        self._pages = Pages({}, np.full(shape, -1), np.zeros(shape, int))
+        self._pages_made = 0
         # By window and shard.
         self._free: defaultdict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
         self._places: int | None = None  # the page of rows in their places
         self._batch: Batch | None = None
         self._own: Store | None = None  # of the batch
         self._ended = np.zeros(0, bool)  # lanes of the batch
-        self._spare: dict[tuple[int, int, int], Store] = {}  # lanes of other sizes
+        self._spare: tuple[Sizes, Store] | None = None  # lanes of the sizes before
         self._taken: tuple[Batch, Store] | None = None
 
     def enter(self, batch: Batch) -> tuple[Store, Store]:
@@ -84,7 +86,7 @@ class LaneCache:
           back to `leave`.
         """
         before, own, window = self._batch, self._own, batch.shape.window
-        if not (batch.in_place and not self._pages.stores):
+        if not (batch.in_place and self._pages_made == 0):
             own = self._exchange(batch)
         elif before is None or own is None:
             own = self._moves.empty(*self._shape, window)
@@ -100,7 +102,7 @@ class LaneCache:
     def finish(self) -> Pages | None:
         """All rows, on pages; None: nothing was drawn."""
         if self._own is not None and self._batch is not None:
-            if self._batch.in_place and not self._pages.stores:
+            if self._batch.in_place and self._pages_made == 0:
                 self._keep_in_place(self._own)
             else:
                 self._put_away(self._own, self._batch)
@@ -111,7 +113,7 @@ class LaneCache:
         before, own, shape = self._batch, self._own, batch.shape
         stays = np.zeros_like(batch.live)
         if before is not None and own is not None:
-            if before.in_place and not self._pages.stores:
+            if before.in_place and self._pages_made == 0:
                 self._keep_in_place(own)
                 own = None
             elif before.shape.own == shape.own:
@@ -119,30 +121,42 @@ class LaneCache:
                 stays &= (before.groups == batch.groups)[:, None]
             if own is not None and stays.any():
                 self._write(own, before, before.live & ~stays)
-            elif own is not None and (own := self._put_away(own, before)) is not None:
-                self._spare[before.shape.own] = own
-                own = None
+            elif own is not None:
+                own = self._reused(before.shape.own, self._put_away(own, before), shape.own)
         if own is None:
-            own = self._spare.pop(shape.own, None) or self._moves.empty(*shape.own)
+            own = self._moves.empty(*shape.own)
         return self._read(own, batch, batch.live & ~stays)
 
+    def _reused(self, size: Sizes, own: Store | None, wanted: Sizes) -> Store | None:
+        """Lanes' stores of the size that is wanted, if there are any; `own`, of the last, may be kept."""
+        there = [pair for pair in (self._spare, own and (size, own)) if pair]
+        found = next((store for size, store in there if size == wanted), None)
+        others = [pair for pair in there if pair[1] is not found]
+        # Where rows start in their places lanes only become fewer, and none are used again.
+        self._spare = others[-1] if others and self._full != self._shape else None
+        return found
+
     def _keep_in_place(self, own: Store) -> None:
-        self._places = len(self._pages.stores)
-        self._pages.stores.append(own)
-        self._pages.page[:] = 0
+        self._places = self._add_page(own)
+        gone = self._ended & (not self._hold)
+        self._pages.page[:] = np.where(gone, -1, self._places)
         self._pages.cell[:] = np.arange(self._pages.cell.size).reshape(self._shape)
+
+    def _add_page(self, store: Store) -> int:
+        number, self._pages_made = self._pages_made, self._pages_made + 1
+        self._pages.stores[number] = store
+        return number
 
     def _put_away(self, own: Store, batch: Batch) -> Store | None:
         """All lanes -> pages; the lanes' stores, where they have not become a page themselves."""
-        stores, page, cell = self._pages
+        _, page, cell = self._pages
         live, ended = batch.live, self._ended
         whole = batch.shape[:2] == self._full and 2 * live.sum() >= live.size
         if not (whole and self._hold and ended[live].all()):
             self._write(own, batch, live)
             return own
         rows = np.broadcast_to(batch.groups[:, None], live.shape)[live], batch.rows[live]
-        page[rows], cell[rows] = len(stores), np.flatnonzero(live)
-        stores.append(own)
+        page[rows], cell[rows] = self._add_page(own), np.flatnonzero(live)
         return None
 
     def _write(self, own: Store, batch: Batch, leaving: np.ndarray) -> None:
@@ -151,13 +165,21 @@ class LaneCache:
             leaving = leaving & ~self._ended
         stores, page, cell = self._pages
         window, lanes = batch.shape.window, np.argwhere(leaving)
+        places = None if self._places is None else stores[self._places]
+        if (
+            places is not None and places[0].keys.shape[-1] == window
+        ):  # back to where they came from
+            for m, k in lanes:
+                row = batch.groups[m], batch.rows[m, k]
+                page[row], cell[row] = self._places, row[0] * self._shape[1] + row[1]
+            lanes = lanes[:0]
         shards = lanes[:, 0] * self._shards // len(leaving)
         free = [self._free[window, shard] for shard in range(self._shards)]
         while any(len(free[s]) < np.sum(shards == s) for s in range(self._shards)):
             rows = page_rows(window, self._shards)
-            stores.append(self._moves.empty(rows, 1, window))
+            number = self._add_page(self._moves.empty(rows, 1, window))
             for i in range(rows):
-                free[i * self._shards // rows].append((len(stores) - 1, i))
+                free[i * self._shards // rows].append((number, i))
         for (m, k), shard in zip(lanes, shards, strict=True):
             row = batch.groups[m], batch.rows[m, k]
             page[row], cell[row] = free[shard].pop(0)
@@ -176,7 +198,19 @@ class LaneCache:
                     self._free[window, cell * self._shards // rows].append((number, cell))
         for m, k in np.argwhere(coming):
             page[batch.groups[m], batch.rows[m, k]] = -1
+        self._drop_pages(batch.shape.window)
         return own
+
+    def _drop_pages(self, window: int) -> None:
+        """Lets go of pages without a row that are too narrow for those that go on, or hold places."""
+        stores, page, _ = self._pages
+        for number, store in list(stores.items()):
+            narrow = store[0].keys.shape[-1] < window
+            if (narrow or number == self._places) and not (page == number).any():
+                del stores[number]
+                self._places = None if number == self._places else self._places
+                for cells in self._free.values():
+                    cells[:] = [cell for cell in cells if cell[0] != number]
 
     def _moved(self, batch: Batch, chosen: np.ndarray) -> Iterator[tuple[int, Moved]]:
         """The chosen lanes and where on each page their rows are, a few at a time."""
@@ -192,6 +226,7 @@ class LaneCache:
     def _prefixes(self, batch: Batch) -> Store:
         width = batch.shape.prefix
         if batch.in_place and width == self._prefix[0].keys.shape[-1]:
+            self._taken = None
             return self._prefix
         into = None
         if self._taken is not None:
@@ -200,6 +235,7 @@ class LaneCache:
                 if before.groups.tolist() == batch.groups.tolist():
                     return store
                 into = store
+        self._taken = None  # of another size: it need not stay while this one is made
         store = self._moves.take(self._prefix, batch.groups, into, width)
         self._taken = batch, store
         return store

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from jaxreset.models.block import DecoderConfig
-from jaxreset.models.decoder import Decoder, Store
-from jaxreset.models.decoding_copy import decodes_as_it_is, decoding_copy, unstacked_graph
+from jaxreset.models.decoder import Store
+from jaxreset.models.decoding_copy import Layout, decoding_layout
 from jaxreset.models.policy import Policy
-from jaxreset.parallel import data_shards, put, replicated, rows_sharding
+from jaxreset.parallel import data_shards, device_bytes, put, replicated, rows_sharding
+from jaxreset.parallel.compiling import compiled, run
 from jaxreset.sampling import decoding, stores
 from jaxreset.sampling.decoding import Drawn, Lanes, Limits
 from jaxreset.sampling.drawing import (
@@ -29,11 +30,10 @@ from jaxreset.sampling.drawing import (
     idle_lanes,
 )
 from jaxreset.sampling.lanes import LaneCache, Moves, moves_of, page_rows
-from jaxreset.sampling.places import cut_over
+from jaxreset.sampling.memory import RoundMemory
 from jaxreset.sampling.rounds import Held, Pages, Shape, Snapshot
-from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes
+from jaxreset.sampling.schedule import Costs
 from jaxreset.sampling.stores import Moved
-from jaxreset.sampling.streams import LARGE_WEIGHTS, cores
 from jaxreset.sampling.tokens import Draws
 from jaxreset.steps import StepAutomaton
 
@@ -42,11 +42,8 @@ from jaxreset.steps import StepAutomaton
 CPU_STEP, ACCELERATOR_STEP = 8.0, 256.0
 ATTENTION_RATE = 10.0
 FORK_GROUPS = 8
-CPU_SLOTS = 32  # more lanes make none cheaper there: their keys and values leave the cache
 
-
-Layout = tuple[nnx.GraphDef[Decoder], nnx.State]
-_LAYOUTS: WeakKeyDictionary[Policy, dict[Mesh | None, Layout]] = WeakKeyDictionary()
+_LAYOUTS: WeakKeyDictionary[Policy, dict[Any, Layout]] = WeakKeyDictionary()
 
 
 class Programs:
@@ -55,19 +52,12 @@ class Programs:
     Args:
       automaton: the step table.
       limits: when responses end.
-      slots: most rows that decode at once; None: as many as make a row cheaper.
-      streams: threads that draw a round; None: see `streams`.
       mesh: that the arrays lie on; None: one device.
+      **settings: `slots`, `streams`, `hold_cache` and `parents` of `RoundMemory`.
     """
 
     def __init__(
-        self,
-        automaton: StepAutomaton,
-        limits: Limits,
-        *,
-        slots: int | None,
-        streams: int | None,
-        mesh: Mesh | None,
+        self, automaton: StepAutomaton, limits: Limits, *, mesh: Mesh | None, **settings: Any
     ):
         self._automaton = put(automaton, None if mesh is None else replicated(mesh))
         self._limits = limits
@@ -76,23 +66,21 @@ class Programs:
         self._rows = None if mesh is None else rows_sharding(mesh)
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         self._on_cpu = device.platform == "cpu"
-        self._slots = slots
-        self._streams = streams
+        self._settings = settings | {"device_bytes": device_bytes()}
+        self._run = run
 
-    def streams(self, policy: Policy, rows: int) -> int:
-        """Threads that draw a round of groups of `rows`: no more than `slots` has room for."""
-        most = 1
-        if self._streams is not None:
-            most = self._streams
-        elif self._on_cpu and self._mesh is None:
-            weights = sum(leaf.nbytes for leaf in jax.tree.leaves(policy.params))
-            most = cores() if weights <= LARGE_WEIGHTS else 1
-        return most if self._slots is None else max(min(most, self._slots // rows), 1)
+    def in_shapes(self) -> Programs:
+        """The same programs, which are compiled and not run: stores are shapes then."""
+        programs = copy.copy(self)
+        programs._run = compiled
+        return programs
 
-    def part(self, policy: Policy, shape: Shape) -> Shape:
-        """Sizes of what one stream draws of a round; see `places.cut_over`."""
-        groups = -(-shape.groups // self.streams(policy, shape.rows))
-        return cut_over(shape._replace(groups=groups), self.shards)
+    def memory(self, policy: Policy) -> RoundMemory:
+        """In which sizes rounds of the policy are drawn, and what they take."""
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(policy.params))
+        return RoundMemory(
+            policy.config, weights, on_cpu=self._on_cpu, mesh=self._mesh, **self._settings
+        )
 
     def prefill(
         self, policy: Policy, shape: Shape, prefixes: Sequence[np.ndarray], places: np.ndarray
@@ -103,7 +91,7 @@ class Programs:
             tokens[place, : len(prefix)] = prefix
         tokens = put(tokens, self._rows)
         graph, params = self.layout(policy)
-        return decoding.prefill(params, tokens, graph=graph, mesh=self._mesh)
+        return self._run(decoding.prefill, params, tokens, graph=graph, mesh=self._mesh)
 
     def shard(self, held: Sequence[Held], group: int) -> int:
         """The data shard that a group of a round stands on."""
@@ -138,7 +126,7 @@ class Programs:
         # Over a mesh a round is one part.
         for some in (shape,) if self._mesh is not None else (shape, self._few(shape)):
             gathered = self._gathered(held, parent, some)
-            for page in held.pages.stores:
+            for page in held.pages.stores.values():
                 if self._in_place(held, page):
                     forked = self._fork_from(held, page, some, {}, {})
                 gathered = self._moves(held.prefix).load(page, gathered, self._no_move())
@@ -196,13 +184,14 @@ class Programs:
             lengths[groups[n]] = len(s.round.prefixes[s.group])
         places = lengths, groups, np.divmod(cells, np.int32(page[0].keys.shape[2]))
         places = put(places, self._rows)
-        return stores.fork(held.prefix, page, *places, size=shape.prefix, mesh=self._mesh)
+        size, mesh = shape.prefix, self._mesh
+        return self._run(stores.fork, held.prefix, page, *places, size=size, mesh=mesh)
 
     def _overwrite(self, store: Store, forked: Store, places: Sequence[int]) -> Store:
         size = forked[0].keys.shape[1]
         groups = np.full(size, store[0].keys.shape[1], np.int32)  # out of range: dropped
         groups[: len(places)] = places
-        return stores.overwrite(store, forked, groups)
+        return self._run(stores.overwrite, store, forked, groups)
 
     def _few(self, shape: Shape) -> Shape:
         return shape._replace(groups=min(shape.groups, FORK_GROUPS))
@@ -224,7 +213,8 @@ class Programs:
             tokens[place, : len(question)] = [kept[-1], *question[:-1]]
         lengths, tokens = put((lengths, tokens), self._rows)
         graph, params = self.layout(policy)
-        return decoding.extend(params, prefix, lengths, tokens, graph=graph, mesh=self._mesh)
+        args = params, prefix, lengths, tokens
+        return self._run(decoding.extend, *args, graph=graph, mesh=self._mesh)
 
     def draw(
         self,
@@ -237,7 +227,7 @@ class Programs:
         hold: bool,
     ) -> tuple[Rows, Pages | None, Spent]:
         """All rows of a part, its keys and values if `hold`, and what was spent."""
-        shapes = self._lane_shapes(policy, part)
+        shapes = self.memory(policy).lanes(part)
         cache = LaneCache(
             self._moves(prefix),
             prefix,
@@ -265,7 +255,7 @@ class Programs:
     def compile_draw(self, policy: Policy, part: Shape, prefix: Store, draws: Draws) -> Held:
         """Compiles all that `draw` may need; returns a part with empty pages of every kind."""
         moves, decode = self._moves(prefix), self._decode(policy, draws)
-        shapes = self._lane_shapes(policy, part)
+        shapes = self.memory(policy).lanes(part)
         kept = self.empty_part(policy, part, prefix)
         pages, nothing = kept.pages.stores, self._no_move()
         for lanes in shapes:
@@ -273,12 +263,13 @@ class Programs:
             shared = moves.take(prefix, groups, None, lanes.prefix)
             shared = moves.take(prefix, groups, shared, lanes.prefix)
             own = moves.empty(lanes.groups, lanes.rows, lanes.window)
-            for n, page in enumerate(pages):
+            for n, page in pages.items():
                 *cells, width = *page[0].keys.shape[1:3], page[0].keys.shape[-1]
+                in_place = tuple(cells) == part[:2]
                 written = tuple(cells) == (page_rows(width, self.shards), 1)
-                if width <= lanes.window and (written or tuple(cells) == part[:2]):
+                if width <= lanes.window and (written or in_place):
                     own = moves.load(page, own, nothing)
-                if width == lanes.window and written:
+                if width == lanes.window and (written or (in_place and lanes[:2] != part[:2])):
                     pages[n] = moves.save(page, own, nothing)
             _, own = decode(shared, own, idle_lanes(lanes), 0)
             if (lanes.groups, lanes.rows) == part[:2]:
@@ -288,12 +279,12 @@ class Programs:
 
     def empty_part(self, policy: Policy, part: Shape, prefix: Store) -> Held:
         """A part of a round on which nothing is drawn, with a page of every kind."""
-        moves, shapes = self._moves(prefix), self._lane_shapes(policy, part)
+        moves, shapes = self._moves(prefix), self.memory(policy).lanes(part)
         # Lanes that became pages, in their places or not, and pages that rows were written to.
         kinds = {s.own for s in shapes if s[:2] in (part[:2], shapes[0][:2])}
         if len({s[:2] for s in shapes} | {part[:2]}) > 1:
             kinds |= {(page_rows(s.window, self.shards), 1, s.window) for s in shapes}
-        pages = [moves.empty(*kind) for kind in sorted(kinds)]
+        pages = {n: moves.empty(*kind) for n, kind in enumerate(sorted(kinds))}
         nothing, everyone = np.zeros(part[:2], int), range(part.groups)
         return Held(everyone, np.array(everyone), prefix, Pages(pages, nothing, nothing))
 
@@ -302,7 +293,8 @@ class Programs:
         graph, params = self.layout(policy)
 
         def decode(shared: Store, own: Store, lanes: Lanes, leave: int) -> tuple[Drawn, Store]:
-            return decoding.decode(
+            return self._run(
+                decoding.decode,
                 params,
                 shared,
                 own,
@@ -318,13 +310,7 @@ class Programs:
         return decode
 
     def _moves(self, prefix: Store) -> Moves:
-        return _Moves(prefix, self._mesh, self._rows)
-
-    def _lane_shapes(self, policy: Policy, part: Shape) -> list[LaneShape]:
-        slots = CPU_SLOTS if self._on_cpu else None
-        if self._slots is not None:
-            slots = self._slots // self.streams(policy, part.rows)
-        return lane_shapes(*part, slots=slots, shards=self.shards)
+        return _Moves(prefix, self._mesh, self._rows, self._run)
 
     def _costs(self, model: DecoderConfig) -> Costs:
         attention = 2 * model.heads * model.head_dim
@@ -340,21 +326,20 @@ class Programs:
 
         It lives as long as the policy object: while a step samples, since an update makes another one.
         """
-        if not self._on_cpu and decodes_as_it_is(policy.params, policy.config, self._mesh):
-            return policy.graph, policy.params
-        layouts = _LAYOUTS.setdefault(policy, {})
-        if self._mesh not in layouts:
-            graph, plain = policy.graph, policy
-            if self._on_cpu:
-                # Adapters cost time at every token, but merged in bfloat16 they would be rounded away.
-                if jnp.finfo(policy.config.dtype).bits >= 32:
-                    plain = policy.merged()
-                graph = unstacked_graph(plain.config)
-            params = decoding_copy(
-                plain.params, graph=plain.graph, unstacked=self._on_cpu, mesh=self._mesh
+        layouts, kind = (
+            _LAYOUTS.setdefault(policy, {}),
+            (self._mesh, self._on_cpu, self._run),
+        )
+        if kind not in layouts:
+            layouts[kind] = decoding_layout(
+                policy.graph,
+                policy.params,
+                policy.config,
+                self._mesh,
+                on_cpu=self._on_cpu,
+                run=self._run,
             )
-            layouts[self._mesh] = graph, params
-        return layouts[self._mesh]
+        return layouts[kind]
 
 
 class _Moves(NamedTuple):
@@ -363,29 +348,24 @@ class _Moves(NamedTuple):
     prefix: Store
     mesh: Mesh | None
     sharding: jax.sharding.Sharding | None
+    run: Callable[..., Any]
 
     def empty(self, groups: int, rows: int, window: int) -> Store:
-        return stores.empty(self.prefix, groups=groups, rows=rows, size=window, mesh=self.mesh)
+        sizes = {"groups": groups, "rows": rows, "size": window}
+        return self.run(stores.empty, self.prefix, **sizes, mesh=self.mesh)
 
     def widen(self, store: Store, window: int) -> Store:
         if store[0].keys.shape[-1] == window:
             return store
-        return stores.widen(store, size=window, mesh=self.mesh)
+        return self.run(stores.widen, store, size=window, mesh=self.mesh)
 
     def save(self, page: Store, own: Store, moved: Moved) -> Store:
-        return stores.save(page, own, moved, mesh=self.mesh)
+        return self.run(stores.save, page, own, moved, mesh=self.mesh)
 
     def load(self, page: Store, own: Store, moved: Moved) -> Store:
-        return stores.load(page, own, moved, mesh=self.mesh)
+        return self.run(stores.load, page, own, moved, mesh=self.mesh)
 
     def take(self, prefix: Store, groups: np.ndarray, into: Store | None, window: int) -> Store:
         if self.sharding is not None:
             groups = put(groups, self.sharding)
-        return stores.take(prefix, groups, into, size=window, mesh=self.mesh)
-
-
-def cache_bytes(model: DecoderConfig, shape: Shape) -> int:
-    """Bytes of keys and values that one round holds: P + K * S slots for each group."""
-    slots = shape.groups * (shape.prefix + shape.rows * shape.suffix)
-    numbers = 2 * model.layers * slots * model.kv_heads * model.head_dim
-    return numbers * jnp.dtype(model.dtype).itemsize
+        return self.run(stores.take, prefix, groups, into, size=window, mesh=self.mesh)

@@ -82,12 +82,12 @@ class Pages(NamedTuple):
     """Keys and values of N groups of K rows, as far as they were drawn.
 
     Attributes:
-      stores: pages of any width, A × B rows each.
+      stores: pages of any width, A × B rows each, by their numbers.
       page: [N, K] the page of a row; -1: nothing is kept of it.
       cell: [N, K] its number on the page, a * B + b.
     """
 
-    stores: list[Store]
+    stores: dict[int, Store]
     page: np.ndarray
     cell: np.ndarray
 
@@ -108,7 +108,7 @@ class Held(NamedTuple):
         return int(self.places[group - self.groups.start])
 
 
-@dataclass(frozen=True, eq=False)  # rounds are told apart by identity
+@dataclass(eq=False)  # rounds are told apart by identity
 class Round:
     """N groups of K rows each; every row continues its group's prefix.
 
@@ -145,6 +145,10 @@ class Round:
     held: tuple[Held, ...]
     weights: tuple[ReferenceType[Any], ...] = ()
     streams: tuple[Stream, ...] = ()
+
+    def release(self) -> None:
+        """Lets its keys and values go."""
+        self.held = ()
 
     def suffix(self, group: int, row: int) -> np.ndarray:
         """The tokens that a row drew."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from jaxreset.models.decoder import Store
 from jaxreset.models.policy import Policy
-from jaxreset.parallel import device_bytes
 from jaxreset.sampling.checks import (
     check_draws,
     check_patterns,
@@ -23,9 +22,10 @@ from jaxreset.sampling.checks import (
     check_snapshots,
 )
 from jaxreset.sampling.decoding import Limits
-from jaxreset.sampling.drawing import Rows, Spent, make_start, pad_start
+from jaxreset.sampling.drawing import Rows, Spent, Start, make_start, pad_start
+from jaxreset.sampling.memory import HoldCache, RoundMemory
 from jaxreset.sampling.places import dealt, places_on, room_for
-from jaxreset.sampling.programs import Programs, cache_bytes
+from jaxreset.sampling.programs import Programs
 from jaxreset.sampling.rounds import (
     NO_LIMIT,
     Held,
@@ -46,10 +46,6 @@ from jaxreset.steps import (
 )
 
 Tokens = Sequence[int] | np.ndarray
-
-HoldCache = Literal["auto", "always", "never"]
-
-HELD_SHARE = 1 / 3  # of a device's memory that a round may hold on to with hold_cache="auto"
 
 
 class Sampler:
@@ -94,10 +90,7 @@ class Sampler:
         self.shapes = None if shapes is None else sorted(set(shapes))
         self.forks = list(forks)
         self.question_tokens = question_tokens
-        self.hold_cache = hold_cache
         self._vocab = automaton.next_state.shape[1]
-        devices = 1 if mesh is None else mesh.size
-        self._most_held = HELD_SHARE * devices * device_bytes()
         limits = Limits(
             np.int32(stop.max_response),
             np.int32(stop.max_steps or NO_LIMIT),
@@ -105,8 +98,15 @@ class Sampler:
             np.int32(stop.max_step_tokens or 0),
             np.asarray(self.eos_ids or (-1,), np.int32),
         )
-        on_device = automaton._replace(blank=None)
-        self._programs = Programs(on_device, limits, slots=slots, streams=streams, mesh=mesh)
+        self._programs = Programs(
+            automaton._replace(blank=None),  # read on the host only
+            limits,
+            mesh=mesh,
+            slots=slots,
+            streams=streams,
+            hold_cache=hold_cache,
+            parents=None if shapes is None else frozenset(parent for parent, _ in self.forks),
+        )
 
     @classmethod
     def for_policy(
@@ -209,11 +209,13 @@ class Sampler:
         top_p: float = 1.0,
         top_k: int = 0,
         max_new: int | None = None,
+        release: bool = False,
     ) -> Round:
         """Draws `rows` continuations from each snapshot, all of one round.
 
         Nothing is prefilled where the round holds its cache, but for `questions`; over a mesh, unless more
-        go on from one data shard than a compiled shape has room for. The parent round is only read.
+        go on from one data shard than a compiled shape has room for. The parent round is only read, unless
+        it is to be released.
         Arguments, result and errors are `sample`'s; moreover:
 
         Args:
@@ -222,6 +224,8 @@ class Sampler:
             same branches again.
           questions: tokens to put behind each snapshot. All before the answer is then the prompt, and
             rows answer from their first step on.
+          release: let the parent's keys and values go as soon as they are gathered, before anything is
+            drawn: nothing else will be resumed from it, but by prefilling.
 
         Raises:
           ValueError: snapshots of several rounds, of other weights than the policy's, or of a length
@@ -259,7 +263,16 @@ class Sampler:
             return self._programs.extend(policy, cache, of(kept), of(asked), places, size)
 
         drawn = self._draw(
-            policy, shape, continued, prefixes, prompt_lengths, ids, first_rows, draws, shards
+            policy,
+            shape,
+            continued,
+            prefixes,
+            prompt_lengths,
+            ids,
+            first_rows,
+            draws,
+            shards,
+            parent if release else None,
         )
         return dataclasses.replace(drawn, streams=(*parent.streams, stream))
 
@@ -296,22 +309,24 @@ class Sampler:
         length = int(round_.prompt_lengths[group]) + spans[before_step - 1][0]
         return Snapshot(round_, group, row, length)
 
-    def compile(self, policy: Policy) -> None:
-        """Compiles all that `sample` and `resume` will need, in `shapes` and `forks`.
+    def memory(self, policy: Policy) -> RoundMemory:
+        """In which sizes rounds of the policy are drawn, which are held, and what that takes."""
+        return self._programs.memory(policy)
 
-        Each program runs once on padding, which ends at once.
-        """
+    def compile(self, policy: Policy) -> None:
+        """Compiles all that `sample` and `resume` will need, in `shapes` and `forks`; nothing is run."""
         draws = self._draws(Stream(0), 1.0, 1.0, 0, None)
-        programs, held, nowhere = self._programs, {}, np.zeros(0, int)
+        memory, programs = self.memory(policy), self._programs.in_shapes()
+        held, nowhere = {}, np.zeros(0, int)
         for shape in self.shapes or ():
-            part = programs.part(policy, shape)
+            part = memory.part(shape)
             prefix = programs.prefill(policy, part, [], nowhere)
             held[shape] = programs.compile_draw(policy, part, prefix, draws)
         for parent, child in self.forks:
-            part = programs.part(policy, child)
-            if self._holds(policy, parent):
+            part = memory.part(child)
+            if memory.holds(parent):
                 if parent not in held:  # another sampler draws it
-                    above = programs.part(policy, parent)
+                    above = memory.part(parent)
                     prefix = programs.prefill(policy, above, [], nowhere)
                     held[parent] = programs.empty_part(policy, above, prefix)
                 prefix = programs.compile_fork(held[parent], parent, part)
@@ -343,18 +358,20 @@ class Sampler:
         first_rows: Sequence[int] | None,
         draws: Draws,
         shards: Sequence[int] | None = None,
+        release: Round | None = None,
     ) -> Round:
         """Draws all rows, in streams; `prepare` makes the prefix store of some of the groups, or of each of
         their parts.
 
         `shards`: where each group must stand; None: they are dealt evenly.
+        `release`: a round that is read by `prepare` for the last time.
         """
-        programs, part = self._programs, self._programs.part(policy, shape)
+        programs, memory = self._programs, self.memory(policy)
+        part, holds = memory.part(shape), memory.holds(shape)
         starts = make_start(self.automaton, self.stop, prefixes, prompt_lengths, ids, first_rows)
+        cuts = shape.rows // part.rows
 
-        holds, cuts = self._holds(policy, shape), shape.rows // part.rows
-
-        def stream(groups: range) -> tuple[Rows, Held | None, Spent]:
+        def prepared(groups: range) -> tuple[range, np.ndarray, Start, Store]:
             members = np.repeat(groups, cuts)
             shard_of = dealt(len(members), self.shards)
             if shards is not None:
@@ -365,17 +382,23 @@ class Sampler:
                 np.arange(cuts, dtype=np.int32) * part.rows, len(groups)
             )
             start = pad_start(start._replace(first_rows=first_rows), part.groups, places)
-            prefix = prepare(part, members, places)
+            return groups, places, start, prepare(part, members, places)
+
+        def stream(
+            groups: range, places: np.ndarray, start: Start, prefix: Store
+        ) -> tuple[Rows, Held | None, Spent]:
             rows, pages, spent = programs.draw(policy, part, prefix, start, draws, hold=holds)
             whole = len(groups), shape.rows
             rows = jax.tree.map(lambda x: x[places].reshape(*whole, *x.shape[2:]), rows)
             return rows, None if pages is None else Held(groups, places, prefix, pages), spent
 
         programs.layout(policy)  # once, before streams ask for it side by side
-        parts = deal(len(prefixes), programs.streams(policy, shape.rows))
-        drawn, held, spent = zip(
-            *run_side_by_side([partial(stream, p) for p in parts]), strict=True
-        )
+        parts = deal(len(prefixes), memory.streams_of(shape.rows))
+        ready = run_side_by_side([partial(prepared, groups) for groups in parts])
+        if release is not None:
+            release.release()
+        streams = [partial(stream, *beginning) for beginning in ready]
+        drawn, held, spent = zip(*run_side_by_side(streams), strict=True)
         rows = jax.tree.map(lambda *parts: np.concatenate(parts), *drawn)
         return Round(
             ids=np.asarray(ids, np.int64),
@@ -393,16 +416,6 @@ class Sampler:
             held=tuple(h for h in held if h is not None),
             weights=policy.weights,
         )
-
-    def _holds(self, policy: Policy, shape: Shape) -> bool:
-        """Whether rounds of a shape keep their caches for `resume`."""
-        if self._programs.part(policy, shape).rows < shape.rows:
-            return False  # its groups are cut
-        if self.hold_cache != "auto":
-            return self.hold_cache == "always"
-        if self.shapes is not None and shape not in {parent for parent, _ in self.forks}:
-            return False
-        return cache_bytes(policy.config, shape) <= self._most_held
 
     def _draws(
         self, stream: Stream, temperature: float, top_p: float, top_k: int, max_new: int | None

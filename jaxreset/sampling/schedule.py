@@ -12,14 +12,16 @@ the place of rows that ended, and when none wait the batch shrinks.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
-MIN_WINDOW = 32  # slots; a response of fewer than two such has no tail worth another program
+# Every size takes a program of its own, which for 30 layers holds 65 MB of a CPU's memory: so they are few.
+MIN_WINDOW = 48  # slots; a response of fewer than two such has no tail worth another program
 MIN_PREFIX = 64  # slots
-MIN_LANES = 8  # fewer don't make a step cheaper
-MOST_PREFIXES = 3  # widths of a prefix: each takes programs of its own
+MIN_LANES = 16  # fewer make a step little cheaper
+NARROW_PREFIX = 5 / 8  # of the prefix slots: all that groups of short prefixes attend to
 FREED = 0.25  # share of lanes that must have ended before waiting rows take their place
 
 
@@ -91,9 +93,9 @@ def lane_shapes(
       shards: of the group axis; each takes equally many groups.
 
     >>> [tuple(shape) for shape in lane_shapes(128, 8, 200, 50, slots=64)]
-    [(8, 8, 50, 100), (8, 8, 50, 200)]
+    [(8, 8, 50, 125), (8, 8, 50, 200)]
     >>> [tuple(shape) for shape in lane_shapes(2, 8, 100, 100)]
-    [(2, 8, 50, 100), (2, 8, 100, 100), (2, 4, 50, 100), (2, 4, 100, 100)]
+    [(2, 8, 50, 100), (2, 8, 100, 100)]
     """
     first = groups if slots is None else min(groups, slots // rows)
     first = max(first // shards, 1) * shards
@@ -107,7 +109,8 @@ def lane_shapes(
             if m * k < MIN_LANES or m < 1 or m % shards:
                 break
             sizes.append((m, k))
-    prefixes = windows(prefix, least=MIN_PREFIX)[-MOST_PREFIXES:]
+    prefixes = [math.ceil(NARROW_PREFIX * prefix)] if prefix >= 2 * MIN_PREFIX else []
+    prefixes.append(prefix)
     return [
         LaneShape(*lanes, window, width)
         for lanes in sizes

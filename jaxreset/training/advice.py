@@ -105,7 +105,7 @@ def _changes(case: Case, phase: str) -> Iterator[dict[str, Any]]:
         for slots in dict.fromkeys((max(rows // 2, least), least)):
             if slots < rows:
                 yield {"sampling.slots": slots}
-    elif not config.train.remat:
+    elif phase == "update" and not config.train.remat:
         yield {"train.remat": "true"}
     if phase == "update" and case.pack.bins > data_shards(mesh):
         bin_slots = case.pack.prefix + case.pack.lanes * case.pack.slots

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -24,7 +23,7 @@ from jaxreset.microbatches import PackShape, empty_batch
 from jaxreset.models import adapters
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.decoder import KV, Decoder, Store
-from jaxreset.models.decoding_copy import decodes_as_it_is, decoding_copy, unstacked_graph
+from jaxreset.models.decoding_copy import decoding_layout
 from jaxreset.models.huggingface import abstract_decoder
 from jaxreset.parallel import (
     cache_sharding,
@@ -86,6 +85,12 @@ class Subject:
     whole: Sharding
 
     @property
+    def parameters(self) -> int:
+        """How many numbers the policy has, adapters left out."""
+        base = self.state.params if self.model.lora is None else self.frozen
+        return sum(x.size for x in jax.tree.leaves(base))
+
+    @property
     def on_cpu(self) -> bool:
         """Whether the devices are this machine's cores."""
         device: Any = next(iter(self.whole.device_set))
@@ -114,7 +119,9 @@ def make_subject(
     state = abstract_state(learnt, optimizer)
     whole = nnx.merge_state(state.params, frozen)
     states, size = _states(delimiter, answer_marker), model.vocab
-    decoding_graph, copy = _decoding_copy(graph, whole, model, mesh)
+    decoding_graph, copy = decoding_layout(
+        graph, whole, model, spread, on_cpu=on_cpu, run=_in_shapes
+    )
     return Subject(
         config=config,
         model=model,
@@ -123,7 +130,7 @@ def make_subject(
         frozen=frozen,
         decoding_graph=decoding_graph,
         decoding=place(copy, decode_shardings(mesh, copy)),
-        copies=on_cpu or not decodes_as_it_is(whole, model, spread),
+        copies=copy is not whole,
         automaton=StepAutomaton(
             jax.ShapeDtypeStruct((states, size), np.int16),
             jax.ShapeDtypeStruct((states, size), np.uint8),
@@ -234,25 +241,15 @@ def device_bytes_of(*trees: Tree) -> int:
     return sum(int(np.prod(shape, dtype=int)) * dtype.itemsize for shape, dtype in shards)
 
 
+def _in_shapes(function: Any, *args: Tree, **static: Any) -> Tree:
+    """What a function would return; not where it would lie."""
+    return jax.eval_shape(partial(function, **static), *args)
+
+
 def _states(delimiter: str, answer_marker: str) -> int:
     """States of the step table, which depend on what it looks for and not on the vocabulary."""
     table = build_automaton(BYTES, delimiter=delimiter, answer_marker=answer_marker)
     return len(table.next_state)
-
-
-def _decoding_copy(
-    graph: nnx.GraphDef[Decoder], params: nnx.State, model: DecoderConfig, mesh: Mesh
-) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
-    """As `sampling.programs.Programs.layout` makes it, not yet placed."""
-    on_cpu, plain = mesh.devices.flat[0].platform == "cpu", graph
-    if on_cpu:
-        if model.lora is not None and jnp.finfo(model.dtype).bits >= 32:
-            model = dataclasses.replace(model, lora=None)
-            params = jax.eval_shape(partial(adapters.merge, graph=graph), params)
-            plain, _ = abstract_decoder(model)
-        graph = unstacked_graph(model)
-    copy = partial(decoding_copy, graph=plain, unstacked=on_cpu, mesh=None)
-    return graph, jax.eval_shape(copy, params)
 
 
 def _store(subject: Subject, around: tuple[int, ...], size: int) -> Store:

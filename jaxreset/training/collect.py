@@ -48,6 +48,7 @@ class Rounds(Protocol):
         rows: int,
         stream: Stream,
         first_rows: Sequence[int] | None = None,
+        release: bool = False,
     ) -> Round: ...
     def steps(self, response: np.ndarray) -> list[tuple[int, int]]: ...
 
@@ -163,6 +164,7 @@ class _Step:
         self.totals: Counter[str] = Counter({"tokens_sampled": 0, "tokens/localizer": 0})
         self.verdicts: list[Verdicts] = []  # of each round
         self.lane_steps = 0
+        self.rounds: list[Round] = []  # that the next rung may go back to
         self.groups: list[list[Group]] = [[] for _ in prompts]
         self.records: list[dict[str, Any]] = [
             {"index": p.number, "problem": p.problem.id, "question": p.problem.question, "groups": [],
@@ -183,7 +185,10 @@ class _Step:
             self.values["reward/mean"] += [r.reward for r in drawn]
         roots = [drawn[0] for drawn in rollouts]
         for rung in range(self.objective.rungs if self.objective.rule else 0):
+            above, self.rounds = self.rounds, []
             candidates = self.reset_round(candidates, roots, rung)
+            _release(above)  # the next rung goes back to this one
+        _release(self.rounds)
         self.totals["verifier/errors"] = judge(
             self.verdicts, step=self.stream.step, evaluation=False, keep=self.to.keep_errors
         )
@@ -352,6 +357,7 @@ class _Step:
                 rows=rows,
                 stream=self.stream._replace(phase=phase),
                 first_rows=first,
+                release=True,
                 **self.to.draw,
             )
             scored = self.score(round_, [prompts[i] for i in members], first)
@@ -362,6 +368,7 @@ class _Step:
         self, round_: Round, members: Sequence[int], first_rows: Sequence[int]
     ) -> list[list[_Rollout]]:
         """Verifies a round's rows, [N][K]; group g belongs to prompt `members[g]`."""
+        self.rounds.append(round_)
         n, k = round_.lengths.shape
         cells = [(g, r) for g in range(n) for r in range(k)]
         texts = [self.to.decode(round_.response(g, r)) for g, r in cells]
@@ -420,6 +427,11 @@ class _Step:
         response, delimiter = rollout.response, self.to.task.delimiter.strip()
         texts = [self.to.decode(response[a:b]) for a, b in self.spans(rollout)]
         return [text.strip().removesuffix(delimiter).strip() for text in texts]
+
+
+def _release(rounds: Sequence[Round]) -> None:
+    for round_ in rounds:
+        round_.release()
 
 
 def _row_record(rollout: _Rollout) -> dict[str, Any]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
 from rich.console import Console
 from rich.table import Table
 
 from jaxreset.config import Config
 from jaxreset.config_file import dump_config
-from jaxreset.models.adapters import trained
-from jaxreset.models.precision import widened
-from jaxreset.sampling.programs import cache_bytes
+from jaxreset.disk import size_text
+from jaxreset.training.footprint import estimated, here, phases
+from jaxreset.training.plan_table import memory_table
 from jaxreset.training.setup import make_experiment
 
 
@@ -23,8 +20,7 @@ def describe(config: Config, console: Console) -> None:
       ConfigError: as a run would.
     """
     experiment = make_experiment(config)
-    plan, policy = experiment.plan, experiment.adapted(experiment.policy)
-    model = policy.config
+    plan, memory = experiment.plan, experiment.sampler.memory(experiment.policy)
     console.print(dump_config(config), highlight=False)
     table = Table(title="compiled shapes")
     for column in ("program", "groups", "rows", "prefix tokens", "suffix tokens", "cache or batch"):
@@ -34,24 +30,25 @@ def describe(config: Config, console: Console) -> None:
     if plan.localize is not None:
         sampled.append(("localize", plan.localize))
     sampled.append(("evaluate", plan.evaluate))
-    caches = {}
     for name, shape in sampled:
-        caches[name] = cache_bytes(model, shape)
-        table.add_row(name, *map(str, shape), size_text(caches[name]))
+        table.add_row(name, *map(str, shape), size_text(memory.held_bytes(shape)))
     for pack in plan.pack:
         tokens = pack.bins * (pack.prefix + pack.lanes * pack.slots)
         table.add_row("update (bins, lanes)", *map(str, pack), f"{tokens:,} tokens")
     console.print(table)
 
-    changing, frozen = trained(policy.params)
-    state = jax.tree.leaves(jax.eval_shape(widened, changing))
-    learnt, kept = sum(p.size * p.dtype.itemsize for p in state), _bytes(frozen)
-    console.print(f"parameters            {size_text(_bytes(policy.params))} ({model.dtype})")
-    console.print(f"  frozen in training  {size_text(kept)}")
-    console.print(f"  trained             {size_text(learnt)} ({sum(p.size for p in state):,})")
-    console.print(f"optimizer, gradients  {size_text(3 * learnt)}")
-    held = sum(size for name, size in caches.items() if name != "evaluate")
-    console.print(f"caches of a step      {size_text(held)} at most, all rounds held")
+    case = here(config)
+    held = phases(case, estimated(case))
+    console.print(memory_table(held))
+    console.print(f"parameters            {case.subject.parameters:,} ({case.subject.model.dtype})")
+    name, most = max(held.items(), key=lambda item: item[1].total)
+    verdict = f"{size_text(-most.over)} left"
+    if most.over > 0:
+        verdict = f"[bold red]{size_text(most.over)} too much[/]"
+    there = size_text(case.slice.memory)
+    console.print(
+        f"most at once          {size_text(most.total)} of {there}, while {name}: {verdict}; estimated"
+    )
     train, test = len(experiment.problems.train), len(experiment.problems.test)
     console.print(
         f"problems              {train:,} to train on, {test:,} held out, "
@@ -63,16 +60,3 @@ def describe(config: Config, console: Console) -> None:
             "(proof, not found, NaN) can't be compared"
         )
     experiment.task.close()
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def size_text(count: float) -> str:
-    """Bytes in a unit that suits them."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

@@ -16,13 +16,16 @@ import jax
 from jax.stages import Compiled
 
 from jaxreset.config import Config
+from jaxreset.disk import size_text
 from jaxreset.errors import ConfigError
 from jaxreset.microbatches import PackShape
+from jaxreset.models import activations
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.sizes import model_sizes
-from jaxreset.parallel import check_sizes, data_shards
+from jaxreset.parallel import check_sizes, data_shards, device_bytes
 from jaxreset.parallel.collectives import Collective, collectives
 from jaxreset.parallel.topology import Slice, is_refusal, refusal
+from jaxreset.sampling.memory import RoundMemory
 from jaxreset.sampling.rounds import Shape
 from jaxreset.sampling.schedule import LaneShape
 from jaxreset.tasks.chain import TOKENIZER
@@ -32,6 +35,16 @@ from jaxreset.training.ahead import Call, Subject, device_bytes_of
 from jaxreset.training.setup import Plan, choose_mesh, fresh_sizes, make_plan
 
 Say = Callable[[str], None]
+
+# Of a process on a CPU: Python with its libraries, and for each layer a decoding program and all others.
+PROCESS, DECODE_LAYER, OTHER_LAYER = 800 * 10**6, 2_200_000, 20_000_000
+MOST_OVER = 1.25  # times the memory that there is; what is added up may be wrong by 15%
+REMEDIES = {
+    "compiling": ("model.lora.rank",),
+    "sampling": ("sampling.slots", "train.prompts_per_step", "sampling.max_response_tokens"),
+    "update": ("train.remat=true", "a smaller train.microbatch_tokens", "model.lora.rank"),
+    "saving": ("model.lora.rank",),
+}
 
 
 class Traffic(NamedTuple):
@@ -99,19 +112,39 @@ class Case:
     @property
     def prefilled(self) -> list[Shape]:
         """Rounds whose prefixes run through the network: all but what goes on from rounds that are held."""
-        kept = caches.held(self.subject, self.plan, self.slice.memory)
+        kept = caches.held(self.memory, self.plan)
         gathered = {child for parent, child in self.plan.forks if parent in kept}
         if kept and self.config.reset.localizer.mode == "inline" and self.plan.localize is not None:
             gathered.add(self.plan.localize)
-        named = caches.rounds(self.subject, self.plan)
+        named = caches.rounds(self.config, self.plan)
         return [shape for shape in named if shape not in gathered]
 
     @property
+    def decoded(self) -> set[LaneShape]:
+        """Lanes of all rounds: as many decoding programs."""
+        parts = map(self.memory.part, caches.rounds(self.config, self.plan))
+        return {lanes for part in parts for lanes in self.memory.lanes(part)}
+
+    @property
     def lanes(self) -> LaneShape:
-        """Of all rounds' lanes, those that hold most."""
-        named = caches.rounds(self.subject, self.plan)
-        widest = [caches.widest_lanes(self.subject, shape) for shape in named]
-        return max(widest, key=caches.slots_of)
+        """Of all rounds' lanes, those that attend to most slots."""
+        return max(self.decoded, key=lambda at: at.groups * (at.prefix + at.rows * at.window))
+
+    @property
+    def memory(self) -> RoundMemory:
+        """In which sizes rounds are drawn, and what they take."""
+        subject, sampling = self.subject, self.config.sampling
+        params = jax.tree.leaves((subject.state.params, subject.frozen))
+        return RoundMemory(
+            subject.model,
+            sum(x.size * x.dtype.itemsize for x in params),
+            on_cpu=subject.on_cpu,
+            device_bytes=self.slice.memory,
+            mesh=subject.mesh,
+            slots=sampling.slots,
+            hold_cache=sampling.hold_cache,
+            parents=frozenset(parent for parent, _ in self.plan.forks),
+        )
 
     @property
     def pack(self) -> PackShape:
@@ -142,14 +175,14 @@ def make_case(config: Config, target: Slice) -> Case:
 
 def compiled(case: Case, say: Say) -> Iterator[Program]:
     """Each kind of program in its largest size; the update, which takes longest, comes last."""
-    subject, shapes = case.subject, case.plan
-    drawn = [caches.laid_out(subject, shape) for shape in case.prefilled]
+    subject, memory, shapes = case.subject, case.memory, case.plan
+    drawn = [memory.part(shape) for shape in case.prefilled]
     longest = max(drawn, key=lambda s: s.groups * s.prefix)
     yield compile_program("prefill", longest[::2], ahead.prefill(subject, longest), say)
     yield compile_program("decode", case.lanes, ahead.decode(subject, case.lanes), say)
-    kept = caches.held(subject, shapes, case.slice.memory)
+    kept = caches.held(memory, shapes)
     if forks := [(parent, child) for parent, child in shapes.forks if parent in kept]:
-        parent, child = (caches.laid_out(subject, shape) for shape in max(forks))
+        parent, child = map(memory.part, max(forks))
         yield compile_program("fork", child[::2], ahead.fork(subject, parent, child), say)
     yield compile_program("apply", (), ahead.apply_gradients(subject), say)
     call = ahead.accumulate_microbatch(subject, case.pack)
@@ -171,23 +204,97 @@ def resident(subject: Subject) -> dict[str, int]:
     return parts
 
 
+def estimated(case: Case) -> list[Program]:
+    """What the programs that need most would need, without compiling them."""
+    model, pack = case.subject.model, case.pack
+    prefixes = [case.memory.part(shape) for shape in case.prefilled]
+    shards = data_shards(case.subject.mesh)
+    lanes = max(at.groups * at.rows for at in case.decoded)
+    gradients = device_bytes_of(case.subject.state.gradients)
+    passes = activations.update_bytes(
+        model,
+        pack.bins // shards,
+        pack.prefix,
+        pack.lanes,
+        pack.slots,
+        remat=case.config.train.remat,
+    )
+    needs = {
+        "prefill": max(
+            activations.prefill_bytes(model, s.groups // shards, s.prefix) for s in prefixes
+        ),
+        "decode": activations.decode_bytes(model, lanes // shards),
+        "apply": 2 * gradients,  # the updates, and the moments before they take the old ones' place
+        "accumulate": gradients + passes,
+    }
+    return [Program(name, (), 0.0, temporary=needed) for name, needed in needs.items()]
+
+
 def phases(case: Case, programs: Sequence[Program]) -> dict[str, Phase]:
     """What each phase holds, with these programs."""
     subject, memory = case.subject, case.slice.memory
     keeps, needs = resident(subject), {p.name: p.temporary for p in programs}
-    sampling = keeps | {
-        "decoding copy": device_bytes_of(subject.decoding) if subject.copies else 0,
-        "caches": caches.most_bytes(subject, case.plan, memory),
-        "temporary": max(needs.get(name, 0) for name in ("prefill", "decode", "fork")),
+    if subject.on_cpu:  # what runs lies in the same memory
+        keeps |= {"process": PROCESS, "compiled programs": _programs_bytes(case)}
+    held = {
+        "compiling": keeps,  # from shapes
+        "sampling": keeps
+        | {
+            "decoding copy": device_bytes_of(subject.decoding) if subject.copies else 0,
+            "caches": caches.most_bytes(case.memory, case.config, case.plan),
+            "temporary": max(needs.get(name, 0) for name in ("prefill", "decode", "fork")),
+        },
+        "update": keeps
+        | {
+            "microbatch": device_bytes_of(ahead.microbatch(subject, case.pack)),
+            "temporary": max(needs.get(name, 0) for name in ("accumulate", "apply")),
+        },
     }
-    update = keeps | {
-        "microbatch": device_bytes_of(ahead.microbatch(subject, case.pack)),
-        "temporary": max(needs.get(name, 0) for name in ("accumulate", "apply")),
-    }
-    return {
-        name: Phase(parts, sum(parts.values()) - memory)
-        for name, parts in (("sampling", sampling), ("update", update))
-    }
+    if subject.on_cpu:
+        held["saving"] = keeps | {"copy on its way": device_bytes_of(subject.state)}
+    return {name: Phase(parts, sum(parts.values()) - memory) for name, parts in held.items()}
+
+
+def _programs_bytes(case: Case) -> int:
+    """Of a CPU's compiled programs; those of a decoding step, where layers are unrolled, are most of it."""
+    return case.subject.model.layers * (len(case.decoded) * DECODE_LAYER + OTHER_LAYER)
+
+
+def here(config: Config) -> Case:
+    """The config on the devices of this job.
+
+    Raises:
+      ConfigError: as `make_case`.
+    """
+    devices = jax.devices()
+    memory = device_bytes()
+    if devices[0].platform == "cpu":  # those of a machine share it
+        memory //= len(jax.local_devices())
+    return make_case(config, Slice("here", devices[0].device_kind, devices, memory))
+
+
+def check_room(case: Case) -> str | None:
+    """What to say of a run that will hardly have room, before anything of it is compiled; None: it has.
+
+    Raises:
+      ConfigError: it needs far more than there is.
+    """
+    name, phase = max(phases(case, estimated(case)).items(), key=lambda item: item[1].total)
+    if phase.over <= 0:
+        return None
+    most = ", ".join(
+        f"{part} {size_text(size)}"
+        for part, size in sorted(phase.parts.items(), key=lambda item: -item[1])[:3]
+    )
+    advice = " or ".join(REMEDIES[name])
+    there = size_text(case.slice.memory)
+    text = (
+        f"{name} takes about {size_text(phase.total)}, and a device has {there}: {most}. "
+        f"Change {advice}; --dry-run lists all that is held"
+    )
+    if phase.total > MOST_OVER * case.slice.memory:
+        raise ConfigError(text)
+    return text
 
 
 def _sizes(config: Config) -> DecoderConfig:

@@ -130,7 +130,7 @@ class Learner:
         self._layout = layout_of(self.state)
         self._gradient_layout = layout_of(self.state.gradients)
         self.progress = Progress(seed=config.seed)
-        self._policy = policy
+        self._policy = policy.without_params()  # those that were cast are read no more
         self._on_nonfinite = on_nonfinite
         self._reference = None if reference is None else committed(reference)
         self._pending: list[Group] = []  # behind the gradients summed so far

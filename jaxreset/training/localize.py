@@ -18,6 +18,7 @@ from jaxreset.models.packing import one_group_each
 from jaxreset.models.policy import Policy
 from jaxreset.models.precision import computing_decoder
 from jaxreset.parallel import fetch
+from jaxreset.parallel.compiling import compiled
 from jaxreset.resets import Failure
 from jaxreset.sampling.rounds import Snapshot, Stream
 from jaxreset.sampling.sampler import Sampler
@@ -149,7 +150,8 @@ class ScoringLocalizer:
 
     def compile(self, policy: Policy) -> None:
         """Compiles all that a call needs."""
-        self._score(policy, [])
+        args, static = self._call(policy, [])
+        compiled(score_answers, *args, **static)
 
     def __call__(
         self, policy: Policy, failures: Sequence[Failure], ends: Sequence[Snapshot]
@@ -169,15 +171,20 @@ class ScoringLocalizer:
 
     def _score(self, policy: Policy, questions: Sequence[np.ndarray]) -> np.ndarray:
         """`[batch, most_steps]` log-probabilities of the answers."""
+        args, static = self._call(policy, questions)
+        return fetch(score_answers(*args, **static))
+
+    def _call(
+        self, policy: Policy, questions: Sequence[np.ndarray]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of `score_answers`."""
         tokens = np.zeros((self.batch, self.question_limit), np.int32)
         lengths = np.ones(self.batch, np.int32)
         for n, question in enumerate(questions):
             tokens[n, : len(question)] = question
             lengths[n] = len(question)
-        scores = score_answers(
-            policy.params, tokens, lengths, self._answers, self._lengths, graph=policy.graph
-        )
-        return fetch(scores)
+        args = policy.params, tokens, lengths, self._answers, self._lengths
+        return args, {"graph": policy.graph}
 
 
 @partial(jax.jit, static_argnames="graph")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,15 +28,18 @@ from jaxreset.reporting.trackers import Trackers
 from jaxreset.tasks.chain import ChainTask
 from jaxreset.training.alarms import Alarms
 from jaxreset.training.checkpoints import Checkpoints, abstract, save_params
-from jaxreset.training.compiles import compiles, kept_programs
+from jaxreset.training.compiles import compiles, kept_programs, trim
 from jaxreset.training.evaluate import evaluations
 from jaxreset.training.finished import started_from
+from jaxreset.training.footprint import check_room, here
 from jaxreset.training.learner import Learner
 from jaxreset.training.preemption import noticing_preemption
 from jaxreset.training.run_folder import RunFolder
 from jaxreset.training.setup import Experiment, make_experiment
 from jaxreset.training.update import make_optimizer
 from jaxreset.training.warm_start import warm_start
+
+logger = logging.getLogger(__name__)
 
 
 class Result(NamedTuple):
@@ -74,6 +78,8 @@ def train(config: Config, display: Display | None = None) -> Result:
         kept_programs(folder.compile_cache),
         noticing_preemption() as preemption,
     ):
+        if (doubt := check_room(here(config))) is not None:
+            logger.warning(doubt)
         experiment = make_experiment(config)
         experiment.collector = replace(
             experiment.collector,
@@ -129,6 +135,9 @@ def _prepare(
         on_nonfinite,
         reference=jax.tree.map(jnp.copy, trained(policy.params)[0]) if config.loss.kl else None,
     )
+    # The learner's are trained from here on.
+    del policy
+    experiment.policy = experiment.policy.without_params()
     if restoring:
         like = abstract(learner.state)
         for leaf in jax.tree.leaves(learner.state):
@@ -145,6 +154,7 @@ def _prepare(
     experiment.compile_sampling(learner.policy)
     # One padded call, so that normalising rewards compiles now.
     set_advantages([], scale=config.loss.advantage_scale or "std", size=experiment.plan.sets)
+    trim()
     return learner
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.table import Table
 
-from jaxreset.training.dry_run import size_text
+from jaxreset.disk import size_text
+from jaxreset.training.footprint import Phase
 from jaxreset.training.plans import Report
 
 
@@ -18,7 +21,7 @@ def show(report: Report, console: Console) -> None:
         f"{r.parameters:,} parameters",
         highlight=False,
     )
-    console.print(_memory(report))
+    console.print(memory_table(r.phases))
     console.print(_programs(report))
     if any(program.traffic != () for program in r.programs):
         console.print(_traffic(report))
@@ -36,16 +39,17 @@ def show(report: Report, console: Console) -> None:
     _verdict(report, console)
 
 
-def _memory(report: Report) -> Table:
+def memory_table(phases: Mapping[str, Phase]) -> Table:
+    """What a device holds in each phase, part by part."""
     table = Table(title="bytes on a device")
     table.add_column("held")
-    names = dict.fromkeys(part for phase in report.phases.values() for part in phase.parts)
-    for phase in report.phases:
+    names = dict.fromkeys(part for phase in phases.values() for part in phase.parts)
+    for phase in phases:
         table.add_column(phase, justify="right")
     for part in names:
-        sizes = [phase.parts.get(part) for phase in report.phases.values()]
+        sizes = [phase.parts.get(part) for phase in phases.values()]
         table.add_row(part, *("" if size is None else size_text(size) for size in sizes))
-    totals = [size_text(phase.total) for phase in report.phases.values()]
+    totals = [size_text(phase.total) for phase in phases.values()]
     table.add_row("total", *totals, style="bold")
     return table
 

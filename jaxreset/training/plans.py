@@ -26,7 +26,7 @@ class Report:
       topology, kind, devices, memory: of what it was planned for.
       mesh: sizes of its axes.
       parameters: numbers of the policy, adapters left out.
-      phases: "sampling" and "update".
+      phases: "compiling", "sampling" and "update"; on a CPU "saving" too.
       programs: compiled.
       flops: of a step at its limits on all devices: every response as long as it may be.
       cuts: of rounds with fewer groups than there are data shards, into how many parts each group is cut.
@@ -50,7 +50,7 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether both phases do, and the compiler refused nothing."""
+        """Whether all phases do, and the compiler refused nothing."""
         refused = any(program.refused for program in self.programs)
         return not refused and all(phase.over <= 0 for phase in self.phases.values())
 
@@ -100,11 +100,11 @@ def plan(
         devices=len(target.devices),
         memory=target.memory,
         mesh={} if mesh is None else dict(mesh.shape),
-        parameters=flops.parameters(case.subject.model),
+        parameters=case.subject.parameters,
         phases=phases(case, programs),
         programs=programs,
         flops=_step_flops(case),
-        cuts=caches.cuts(case.subject, case.plan),
+        cuts=caches.cuts(case.memory, config, case.plan),
     )
     if not report.fits:
         report = replace(report, advice=tuple(advise(case, report.phases, programs)))
@@ -117,12 +117,12 @@ def _step_flops(case: Case) -> dict[str, float]:
     """Of each part of a step at its limits, on all devices."""
     model, shapes, objective = case.subject.model, case.plan, case.config.make_objective()
     made = {"prefill": 0.0, "decode": 0.0}
-    for shape, name in caches.rounds(case.subject, shapes).items():
+    for shape, name in caches.rounds(case.config, shapes).items():
         if name == "evaluate":
             continue
         times = objective.rungs if name == "resume" else 1
         if shape in case.prefilled:
-            prefixes = caches.laid_out(case.subject, shape).groups
+            prefixes = case.memory.part(shape).groups
             made["prefill"] += times * prefixes * flops.prefill_flops(model, shape.prefix)
         rows = times * shape.groups * shape.rows
         made["decode"] += rows * flops.decode_flops(model, shape.prefix, shape.suffix)

@@ -101,7 +101,8 @@ def make_plan(config: Config, objective: Objective, *, shards: int = 1, tensor: 
 class Experiment:
     """What a config describes, ready to sample and to train.
 
-    `policy` is the one that a warm start starts from: it has no adapters yet.
+    `policy` is the one that a warm start starts from: it has no adapters yet, and once it is trained no
+    parameters either.
     """
 
     config: Config
@@ -188,7 +189,7 @@ def _make_experiment(config: Config) -> Experiment:
         objective,
         sampler,
         task,
-        policy.decode,
+        policy.without_params().decode,
         None if plan.localize is None else _localizer(config, plan, task, policy, spread),
         draw={"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k},
     )

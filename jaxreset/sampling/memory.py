@@ -1,0 +1,154 @@
+"""In which sizes rounds are drawn, which of them are held, and the bytes that this takes of a device.
+
+The sampler asks before it draws, and a plan asks about devices that aren't there: both get one answer.
+
+    a round drawn     prefixes N × P, rows N × K × S in their places or on pages, lanes beside them
+    a round held      prefixes N × P, rows N × K × S; let go when its last resets have gathered theirs
+    for decoding      a copy of the parameters, where they don't decode as they are (`models.decoding_copy`)
+    compiling         nothing: programs are compiled from shapes
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxreset.models.block import DecoderConfig
+from jaxreset.parallel import data_shards
+from jaxreset.sampling.lanes import page_rows
+from jaxreset.sampling.places import cut_over
+from jaxreset.sampling.rounds import Shape
+from jaxreset.sampling.schedule import LaneShape, lane_shapes
+from jaxreset.sampling.streams import LARGE_WEIGHTS, cores
+
+HoldCache = Literal["auto", "always", "never"]
+
+HELD_SHARE = 1 / 3  # of a device's memory that a round may hold on to with hold_cache="auto"
+CPU_SLOTS = 32  # more lanes make none cheaper there: their keys and values leave the cache
+
+
+@dataclass(frozen=True)
+class RoundMemory:
+    """How a sampler draws rounds of a policy.
+
+    Attributes:
+      model: sizes of the policy.
+      weights: bytes of its parameters, on all devices.
+      on_cpu: whether the devices are a machine's cores.
+      device_bytes: memory of a device.
+      mesh, slots, streams, hold_cache: as of `sampler.Sampler`.
+      parents: rounds that others go back to; None: any may be.
+    """
+
+    model: DecoderConfig
+    weights: int
+    on_cpu: bool
+    device_bytes: int
+    mesh: Mesh | None = None
+    slots: int | None = None
+    streams: int | None = None
+    hold_cache: HoldCache = "auto"
+    parents: frozenset[Shape] | None = None
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts the groups of a round are split."""
+        return data_shards(self.mesh)
+
+    def streams_of(self, rows: int) -> int:
+        """Threads that draw a round of groups of `rows`: no more than `slots` has room for."""
+        most = 1
+        if self.streams is not None:
+            most = self.streams
+        elif self.on_cpu and self.mesh is None:
+            most = cores() if self.weights <= LARGE_WEIGHTS else 1
+        return most if self.slots is None else max(min(most, self.slots // rows), 1)
+
+    def part(self, shape: Shape) -> Shape:
+        """Sizes of what one stream draws of a round; see `places.cut_over`."""
+        groups = -(-shape.groups // self.streams_of(shape.rows))
+        return cut_over(shape._replace(groups=groups), self.shards)
+
+    def lanes(self, part: Shape) -> list[LaneShape]:
+        """Sizes of the lanes that one stream may decode its part of a round in."""
+        slots = CPU_SLOTS if self.on_cpu else None
+        if self.slots is not None:
+            slots = self.slots // self.streams_of(part.rows)
+        return lane_shapes(*part, slots=slots, shards=self.shards)
+
+    def holds(self, shape: Shape) -> bool:
+        """Whether a round of that shape keeps its keys and values, so that resets gather theirs."""
+        if self.part(shape).rows < shape.rows:
+            return False  # its groups are cut
+        if self.hold_cache != "auto":
+            return self.hold_cache == "always"
+        if self.parents is not None and shape not in self.parents:
+            return False
+        return self.held_bytes(shape) <= HELD_SHARE * self.device_bytes
+
+    def held_bytes(self, shape: Shape) -> int:
+        """Bytes on a device of a round that is held."""
+        part = self.part(shape)
+        slots = part.groups * (part.prefix + part.rows * part.suffix)
+        return self._streams_drawing(shape) * self._bytes(slots)
+
+    def prefix_bytes(self, shape: Shape) -> int:
+        """Bytes on a device of a round's prefixes."""
+        return self.held_bytes(shape._replace(suffix=0))
+
+    def drawing_bytes(self, shape: Shape) -> int:
+        """Bytes on a device at the worst moment of drawing a round, which may be held then."""
+        part = self.part(shape)
+        lanes = self.lanes(part)
+        in_place = lanes[0][:2] == part[:2]
+        beside = self._beside_in_place if in_place else self._beside_pages
+        most = max(at.groups * at.rows * at.window + beside(shape, at) for at in lanes)
+        slots = part.groups * part.prefix + most
+        return self._streams_drawing(shape) * self._bytes(slots)
+
+    def _beside_in_place(self, shape: Shape, at: LaneShape) -> int:
+        """Slots beside lanes and prefixes where all rows start in their places."""
+        part = self.part(shape)
+        n, k, p, s = part
+        if at[:2] == (n, k):
+            narrower = max((x.window for x in self.lanes(part) if x.window < at.window), default=0)
+            taken = n * at.prefix if at.prefix < p else 0
+            return n * k * narrower + taken  # while they are widened
+        # The places that they came from and go back to, or narrower ones and pages of their own width.
+        narrower = max((x.window for x in self.lanes(part) if x.window < at.window), default=0)
+        paged = self._page_slots(at.groups * at.rows, at.window)
+        taken = at.groups * at.prefix
+        if self.holds(shape):
+            return max(n * k * s, n * k * narrower + paged) + taken
+        return max(n * k * s, taken + paged)  # the places only until all have left them
+
+    def _beside_pages(self, shape: Shape, at: LaneShape) -> int:
+        """Slots beside lanes and prefixes where more rows wait than have a lane."""
+        part = self.part(shape)
+        n, k, _, s = part
+        others = [x for x in self.lanes(part) if x.own != at.own and x.window <= at.window]
+        spare = max((x.groups * x.rows * x.window for x in others), default=0)
+        rows, window = n * k, s
+        if not self.holds(shape):  # those that wait have filled half a window at most
+            rows, window = n * k - at.groups * at.rows, -(-s // 2)
+        return spare + at.groups * at.prefix + self._page_slots(rows, window)
+
+    def _page_slots(self, rows: int, window: int) -> int:
+        """Of the pages that so many rows are written to."""
+        on_page = page_rows(window, self.shards)
+        return -(-rows // on_page) * on_page * window
+
+    def _streams_drawing(self, shape: Shape) -> int:
+        """That have groups to draw."""
+        return -(-shape.groups // -(-shape.groups // self.streams_of(shape.rows)))
+
+    def _bytes(self, slots: int) -> int:
+        """Of so many slots in all groups, on one device."""
+        c, heads = self.model, self.model.kv_heads
+        if self.mesh is not None and heads % self.mesh.shape["tensor"] == 0:
+            heads //= self.mesh.shape["tensor"]
+        numbers = 2 * c.layers * heads * c.head_dim * (slots // self.shards)
+        return numbers * jnp.dtype(c.dtype).itemsize
