@@ -26,10 +26,11 @@ from jaxreset.reporting.trackers import Trackers
 from jaxreset.tasks.chain import ChainTask
 from jaxreset.training.checkpoints import Checkpoints, abstract, save_params
 from jaxreset.training.compiles import compiles, kept_programs
+from jaxreset.training.endings import explained, is_out_of_memory, save_finished
 from jaxreset.training.evaluate import evaluations
 from jaxreset.training.finished import started_from
 from jaxreset.training.learner import Learner
-from jaxreset.training.preemption import noticing_preemption
+from jaxreset.training.preemption import Preemption, noticing_preemption
 from jaxreset.training.run_folder import RunFolder
 from jaxreset.training.setup import Experiment, make_experiment
 from jaxreset.training.update import make_optimizer
@@ -57,24 +58,35 @@ def train(config: Config, display: Display | None = None) -> Result:
 
     Raises:
       ConfigError: before anything is compiled.
-      PreemptedError: after SIGTERM, with the last finished step saved.
+      PreemptedError: after SIGTERM or Ctrl-C, with the last finished step saved.
       RunError: gradients stopped being finite, a reward worker failed, or a checkpoint could not be
-        written, or none of them read.
+        written, or none of them read; the devices' memory didn't suffice, or the disk.
     """
     if display is None or not is_leader():
         display = Display(quiet=True)
     folder = RunFolder(config)
-    folder.check_writable()
-    folder.check_shared()
-    with kept_programs(folder.compile_cache), noticing_preemption() as preemption:
-        experiment = make_experiment(config)
+    with (
+        explained(config, folder.checkpoints),
+        noticing_preemption() as preemption,
+        folder.locked(),
+    ):
+        folder.check_writable()
+        folder.check_shared()
+        return _train(config, folder, preemption, display)
+
+
+def _train(config: Config, folder: RunFolder, preemption: Preemption, display: Display) -> Result:
+    """`train` in a folder that is its own."""
+    with kept_programs(folder.compile_cache):
+        with preemption.ending_at_once():
+            experiment = make_experiment(config)
         experiment.collector = replace(experiment.collector, interrupt=preemption.check)
-        folder.claim()
+        display.changed(folder.claim())
         trackers = Trackers(config, folder.path)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
         try:
             with display:
-                learner = _prepare(experiment, checkpoints, folder, display)
+                learner = _prepare(experiment, checkpoints, folder, preemption, display)
                 _loop(experiment, learner, checkpoints, folder, trackers, display)
         finally:
             experiment.task.close()
@@ -91,12 +103,17 @@ def train(config: Config, display: Display | None = None) -> Result:
 
 
 def _prepare(
-    experiment: Experiment, checkpoints: Checkpoints, folder: RunFolder, display: Display
+    experiment: Experiment,
+    checkpoints: Checkpoints,
+    folder: RunFolder,
+    preemption: Preemption,
+    display: Display,
 ) -> Learner:
     """The learner at the step where the run goes on, with everything compiled."""
     config, restoring = experiment.config, checkpoints.any()
     if config.warm_start.steps and not restoring:
-        policy = _warm_start(experiment, folder, display)
+        with preemption.ending_at_once():
+            policy = _warm_start(experiment, folder, display)
     else:
         policy = started_from(experiment, folder)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -126,10 +143,11 @@ def _prepare(
         folder.cut_back(-1)
     wait_for_all("the metrics are cut back")
     display.phase("compiling", None)
-    learner.compile()
-    experiment.compile_sampling(learner.policy)
-    # One padded call, so that normalising rewards compiles now.
-    set_advantages([], scale=config.loss.advantage_scale or "std", size=experiment.plan.sets)
+    with preemption.ending_at_once():
+        learner.compile()
+        experiment.compile_sampling(learner.policy)
+        # One padded call, so that normalising rewards compiles now.
+        set_advantages([], scale=config.loss.advantage_scale or "std", size=experiment.plan.sets)
     return learner
 
 
@@ -166,6 +184,7 @@ def _loop(
     """All steps that are left; asked to end, it saves the last finished one."""
     config = experiment.config
     display.phase("training", config.train.steps, done=learner.progress.step)
+    finished = learner.state, learner.progress
     try:
         _evaluate_late(experiment, learner, folder, trackers, display)
         while learner.progress.step < config.train.steps:
@@ -173,6 +192,7 @@ def _loop(
             step = learner.progress.step + 1
             with _traced(step in config.run.profile_steps, folder.path / "profile"):
                 record = _step(experiment, learner, folder, step)
+            finished = learner.state, learner.progress
             try:
                 if _evaluated(config, step):
                     record |= evaluations(experiment, learner.policy, step)
@@ -185,10 +205,11 @@ def _loop(
                 checkpoints.save(learner.state, learner.progress, record)
     except PreemptedError:
         checkpoints.save(learner.state, learner.progress)
-        step = learner.progress.step
-        raise PreemptedError(
-            f"ended by SIGTERM; step {step} is saved, the same command goes on from there"
-        ) from None
+        raise
+    except jax.errors.JaxRuntimeError as error:
+        if is_out_of_memory(error):
+            save_finished(checkpoints, *finished)
+        raise
 
 
 def _evaluate_late(
