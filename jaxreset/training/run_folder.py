@@ -219,7 +219,6 @@ class RunFolder:
         if not is_leader():
             return
         file = self.nonfinite / f"step_{step:06d}.jsonl"
-        file.parent.mkdir(exist_ok=True)
         text = "".join(json.dumps({"step": step, **group}) + "\n" for group in groups)
         _append(file, text)  # a step may have several minibatches
 
@@ -261,8 +260,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def _append(path: Path, text: str) -> None:
-    with _roomy(path), path.open("a") as file:
-        file.write(text)
+    with _roomy(path):
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            file.write(text)
 
 
 @contextmanager
