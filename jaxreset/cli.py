@@ -59,7 +59,8 @@ def train(
 
     values = read_values(config, overrides or [])
     if not dry_run and (folder := run_dir(values)) is not None:
-        refuse_in_use(folder)  # before what takes seconds to import
+        # Before what takes seconds to import. A job's own lock isn't there before all of it has started.
+        refuse_in_use(folder)
     with _uninterrupted():
         settings = parse_config(values)
         from jaxreset.parallel.processes import ending_together, is_leader, start

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def save_finished(checkpoints: Checkpoints, state: TrainState, progress: Progres
         checkpoints.save(state, progress)
 
 
-def _leaves(tree: TrainState) -> list[jax.Array]:
+def _leaves(tree: Any) -> list[jax.Array]:
     leaves: list[jax.Array] = jax.tree.leaves(tree)
     return leaves
 
