@@ -2,12 +2,13 @@
 
     python benchmarks/kill_and_resume.py [--series KINDS ...] [--steps N] [--seed N] [KEY=VALUE ...]
 
-A series is a run that is interrupted once for each letter: `k` is SIGKILL, `t` is SIGTERM. By default
-there are two, of ten kills and of five of the other. Each interruption waits for a part of the run
-(sampling, verifying, updating, the writing of a checkpoint; every fifth comes at any moment, starting
-and warm start included) and then for a random time more. All runs must end with the same parameters,
-optimizer state and gradients, bit for bit, and with the same metrics and rollouts, but for `time/*`,
-`seconds` and `compiles`. The exit code is 1 where they don't.
+A series is a run that is interrupted once for each letter: `k` is SIGKILL, `t` is SIGTERM, `i` is SIGINT,
+which Ctrl-C sends. By default there are three: ten kills, five of SIGTERM, ten of Ctrl-C. Each
+interruption waits for a part of the run (sampling, verifying, updating, the writing of a checkpoint;
+every fifth comes at any moment, starting and warm start included) and then for a random time more. All
+runs must end with the same parameters, optimizer state and gradients, bit for bit, and with the same
+metrics and rollouts, but for `time/*`, `seconds` and `compiles`; after SIGTERM and Ctrl-C the last step
+in the metrics must be saved. The exit code is 1 where it isn't so.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxreset.errors import PREEMPTED
+from jaxreset.errors import INTERRUPTED, PREEMPTED
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -41,6 +42,12 @@ CONFIG = """
     warm_start.steps=100 warm_start.batch=16 train.prompts_per_step=4 train.microbatch_tokens=1500
     data.eval_size=16 eval.batch=16 eval.every_steps=3 checkpoint.every_steps=2
 """
+# The signal of each letter, and the exit code of a run that it ends in order.
+SIGNALS = {
+    "k": (signal.SIGKILL, None),
+    "t": (signal.SIGTERM, PREEMPTED),
+    "i": (signal.SIGINT, INTERRUPTED),
+}
 EXEMPT = ("time/", "seconds", "compiles")  # of the metrics: they are the clock's
 WRITING = "writing a checkpoint"
 PARTS = ("sampling", "verifying", "updating", WRITING, "any moment")
@@ -156,13 +163,23 @@ class Run:
         if running.poll() is not None:
             raise SystemExit(f"the run ended before its signal:\n{self.tail()}")
         found = self.part(), self.step(), self.writing()
-        running.send_signal(signal.SIGKILL if kind == "k" else signal.SIGTERM)
+        number, orderly = SIGNALS[kind]
+        running.send_signal(number)
         code = running.wait()
-        if kind == "k":  # it went on until the signal came: what is there now is what it did last
+        if (
+            orderly is None
+        ):  # it went on until the signal came: what is there now is what it did last
             found = self.part(), self.step(), self.writing()
-        elif code not in (PREEMPTED, -signal.SIGTERM):  # the latter before it could handle it
-            raise SystemExit(f"exit code {code} after SIGTERM:\n{self.tail()}")
-        return Interruption("SIGKILL" if kind == "k" else "SIGTERM", *found, code)
+        elif code not in (orderly, -number):  # the latter before it could handle it
+            raise SystemExit(f"exit code {code} after {number.name}:\n{self.tail()}")
+        elif code == orderly and self.saved() != self.step():
+            raise SystemExit(f"step {self.saved()} is saved, of {self.step()}:\n{self.tail()}")
+        return Interruption(number.name, *found, code)
+
+    def saved(self) -> int:
+        """The last step that is saved."""
+        names = (f.name for f in self.folder.glob("checkpoints/*"))
+        return max((int(name) for name in names if name.isdecimal()), default=-1)
 
     def tail(self) -> str:
         """The end of what the run printed."""
@@ -224,7 +241,7 @@ def series(name: str, kinds: str, whole: Run, make: Callable[[str], Run], seed: 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--series", nargs="+", default=["k" * 10, "t" * 5])
+    parser.add_argument("--series", nargs="+", default=["k" * 10, "t" * 5, "i" * 10])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")

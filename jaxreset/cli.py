@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from jaxreset.errors import PREEMPTED, ConfigError, PreemptedError, RunError
+from jaxreset.errors import INTERRUPTED, ConfigError, PreemptedError, RunError
 from jaxreset.json_text import dumps
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file; see configs/")]
@@ -49,13 +52,19 @@ def train(
 ) -> None:
     """Train a policy; the same command goes on where a stopped run was.
 
-    After SIGTERM the last finished step is saved, and the exit code is 75.
+    After SIGTERM, or Ctrl-C, the last finished step is saved, and the exit code is 75, or 130.
     """
-    from jaxreset.config_file import load_config
-    from jaxreset.parallel.processes import ending_together, is_leader, start
-    from jaxreset.reporting.display import Display
+    from jaxreset.config_file import parse_config, read_values, run_dir
+    from jaxreset.training.run_lock import refuse_in_use
 
-    settings = load_config(config, overrides or [])
+    values = read_values(config, overrides or [])
+    if not dry_run and (folder := run_dir(values)) is not None:
+        # Before what takes seconds to import. A job's own lock isn't there before all of it has started.
+        refuse_in_use(folder)
+    with _uninterrupted():
+        settings = parse_config(values)
+        from jaxreset.parallel.processes import ending_together, is_leader, start
+        from jaxreset.reporting.display import Display
     console = Console()
     if dry_run:
         from jaxreset.training.dry_run import describe
@@ -64,8 +73,8 @@ def train(
         return
     start(coordinator, processes, process)
     with ending_together():
-        from jaxreset.training.loop import train as run
-
+        with _uninterrupted():
+            from jaxreset.training.loop import train as run
         run(settings, Display(console, quiet=not is_leader()))
 
 
@@ -79,14 +88,15 @@ def evaluate(
     process: Process = None,
 ) -> None:
     """Accuracy on held-out problems: of the run's latest checkpoint, or of model.path without a run."""
-    from jaxreset.config_file import load_config
-    from jaxreset.parallel.processes import ending_together, is_leader, start
+    with _uninterrupted():
+        from jaxreset.config_file import load_config
+        from jaxreset.parallel.processes import ending_together, is_leader, start
 
-    settings = load_config(config, overrides or [])
+        settings = load_config(config, overrides or [])
     start(coordinator, processes, process)
     with ending_together():
-        from jaxreset.training.finished import evaluate_run
-
+        with _uninterrupted():
+            from jaxreset.training.finished import evaluate_run
         step, result = evaluate_run(settings)
     if not is_leader():
         return
@@ -149,14 +159,15 @@ def export(
     process: Process = None,
 ) -> None:
     """Write the run's latest checkpoint as a Hugging Face folder; adapters are merged."""
-    from jaxreset.config_file import load_config
-    from jaxreset.parallel.processes import ending_together, is_leader, start
+    with _uninterrupted():
+        from jaxreset.config_file import load_config
+        from jaxreset.parallel.processes import ending_together, is_leader, start
 
-    settings = load_config(config, overrides or [])
+        settings = load_config(config, overrides or [])
     start(coordinator, processes, process)
     with ending_together():
-        from jaxreset.training.finished import export_run
-
+        with _uninterrupted():
+            from jaxreset.training.finished import export_run
         try:
             step = export_run(settings, output, adapters=adapters, dtype=dtype)
         except FileExistsError as error:
@@ -172,10 +183,27 @@ def main() -> None:
     try:
         app()
     except PreemptedError as error:
-        Console(stderr=True).print(escape(str(error)), highlight=False, soft_wrap=True)
-        raise SystemExit(PREEMPTED) from None
+        _say(escape(str(error)))
+        raise SystemExit(error.code) from None
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # Ctrl-C where no run was to be saved: typer has caught it
+            _say(str(PreemptedError("Ctrl-C")))
+        raise
     except (ConfigError, RunError) as error:
         # Escaped: a message may hold square brackets, and they aren't markup.
-        message = f"[bold red]error:[/] {escape(str(error))}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        _say(f"[bold red]error:[/] {escape(str(error))}")
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+def _say(message: str) -> None:
+    Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Inside, Ctrl-C waits: an exception in the middle of importing JAX may crash Python."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -432,3 +432,20 @@ def _filled(section: S, choices: Mapping[str, Any]) -> S:
     """The section with these values where it has null."""
     missing = {name: value for name, value in choices.items() if getattr(section, name) is None}
     return section.model_copy(update=missing)
+
+
+# The keys (or sections) that may differ where a run goes on, and why; all others may not: they would
+# change what is learnt. Equal within rounding means that a token may then be drawn otherwise.
+MAY_CHANGE: dict[str, str] = {
+    "run": "where a run lies, and what is kept and shown of it",
+    "checkpoint": "when it is saved, and what of that stays",
+    "eval": "what is measured; nothing is learnt from it",
+    "mesh": "sums in another order: equal within rounding",
+    "sampling.slots": "rows decode beside fewer or more others: equal within rounding",
+    "sampling.hold_cache": "a prefix's keys and values are kept or computed again: equal within rounding",
+    "task.processes": "who checks the answers",
+    "train.steps": "how far it goes; not where the learning rate's schedule ends with it",
+    "train.microbatch_tokens": "sums over the same groups in another order: equal within rounding",
+    "train.remat": "activations are kept or computed again: equal within rounding",
+    "train.max_nonfinite": "when it gives up",
+}

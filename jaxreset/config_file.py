@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import ValidationError
 
-from jaxreset.config import Config
 from jaxreset.errors import ConfigError
+
+if TYPE_CHECKING:  # the schema imports JAX, which takes seconds: what is read before does without
+    from jaxreset.config import Config
 
 DUMPED = "# Written by jaxreset: every key, those left to their defaults too."
 
@@ -26,6 +27,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
       ConfigError: anything wrong with either; one line per problem.
     """
+    return parse_config(read_values(path, overrides))
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `load_config` reads, before it is checked against the schema; raises `ConfigError`."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config {path}: no such file")
@@ -37,11 +43,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config {path}: expected sections and keys, got {type(values).__name__}")
     for override in overrides:
         _override(values, override)
-    return parse_config(values)
+    return values
+
+
+def run_path(folder: str) -> Path:
+    """The folder that `run.dir` names."""
+    return Path(folder).expanduser().absolute()
+
+
+def run_dir(values: dict[str, Any]) -> Path | None:
+    """The run folder that unchecked values name; None: the schema's, or something that it refuses."""
+    run = values.get("run")
+    folder = run.get("dir") if isinstance(run, dict) else None
+    return run_path(folder) if isinstance(folder, str) else None
 
 
 def parse_config(values: dict[str, Any]) -> Config:
     """Checks and resolves a config given as nested dictionaries; raises `ConfigError`."""
+    from pydantic import ValidationError
+
+    from jaxreset.config import Config
+
     try:
         return Config.model_validate(values).resolved()
     except ValidationError as error:
@@ -51,6 +73,48 @@ def parse_config(values: dict[str, Any]) -> Config:
 def dump_config(config: Config) -> str:
     """The config as YAML, below a line that says who wrote it."""
     return f"{DUMPED}\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}"
+
+
+def saved_values(path: Path) -> dict[str, Any]:
+    """What a run's `config.yaml` says, as nested dictionaries of JSON's types.
+
+    An older version may have written it: keys that it didn't know have their defaults.
+
+    Raises:
+      ConfigError: it can't be read, isn't a run's, or has keys that this version doesn't know.
+    """
+    from pydantic import ValidationError
+
+    from jaxreset.config import Config
+
+    try:
+        text = path.read_text()
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path} can't be read: {error}; bring it back from a backup, or name another run.dir"
+        ) from error
+    if not text.startswith(DUMPED) or not isinstance(values, dict):
+        raise ConfigError(f"{path} isn't a run's config; name another run.dir")
+    try:
+        return Config.model_validate(values).resolved().model_dump(mode="json")
+    except ValidationError as error:
+        unknown = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
+    if unknown:
+        keys = ", ".join(".".join(map(str, loc)) for loc in unknown)
+        raise ConfigError(
+            f"{path} is a newer version's: this one doesn't know {keys}; update jaxreset, or name "
+            "another run.dir"
+        )
+    # What was allowed then and isn't now is to be compared all the same.
+    return _over(Config().resolved().model_dump(mode="json"), values)
+
+
+def _over(defaults: Any, values: Any) -> Any:
+    """`values`, with the defaults of the keys that they lack."""
+    if not isinstance(defaults, dict) or not isinstance(values, dict):
+        return values
+    return defaults | {key: _over(defaults.get(key), value) for key, value in values.items()}
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -76,6 +140,8 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _explain(error: Any) -> str:
     """One problem in one line: field, value, expectation."""
+    from jaxreset.config import Config
+
     # A union adds the names of its types, which aren't keys.
     parts = [p for p in error["loc"] if isinstance(p, int) or str(p).isidentifier()]
     field = ".".join(str(p) for p in parts if p not in ("float", "tuple", "str", "bool"))

@@ -1,6 +1,8 @@
 """Errors that are meant for the user: the command line prints their message without a traceback."""
 
-PREEMPTED = 75  # exit code of a run that SIGTERM ended in order: EX_TEMPFAIL, try again
+# Exit codes of a run that was ended in order, by what ended it: EX_TEMPFAIL, try again; a shell's own.
+ENDED_BY = {"SIGTERM": 75, "Ctrl-C": 130}
+PREEMPTED, INTERRUPTED = ENDED_BY.values()
 
 
 class ConfigError(ValueError):
@@ -12,4 +14,16 @@ class RunError(RuntimeError):
 
 
 class PreemptedError(RunError):
-    """A run that was asked to end, and has saved itself; the same command goes on."""
+    """A run that was asked to end, and has saved itself; the same command goes on.
+
+    Args:
+      by: what asked, of `ENDED_BY`.
+      saved: the step from which the same command goes on, if there is one.
+    """
+
+    def __init__(self, by: str, saved: int | None = None):
+        goes_on = f"step {saved} is saved, the same command goes on from there"
+        super().__init__(
+            f"ended by {by}; {'the same command starts again' if saved is None else goes_on}"
+        )
+        self.by, self.code = by, ENDED_BY[by]

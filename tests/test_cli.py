@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from model_helpers import assert_same_params, random_policy
 from orbax.checkpoint import v1 as ocp
 from typer.testing import CliRunner
 
-from jaxreset import cli
+from jaxreset import cli, config_file
 from jaxreset.config_file import load_config
 from jaxreset.errors import RunError
 from jaxreset.models.adapters import trained
@@ -178,6 +179,21 @@ def test_a_run_without_finite_gradients_ends_with_one_message(jaxreset, monkeypa
     monkeypatch.setattr(loop, "train", diverging)
     shown = jaxreset("train", code=1)
     assert shown == "error: 5 gradients in a row weren't finite [see rollouts/]\n"
+
+
+def test_ctrl_c_before_a_run_waits_for_the_imports(jaxreset, monkeypatch, tmp_path):
+    parse, parsed = config_file.parse_config, []
+
+    def interrupted(values):
+        os.kill(os.getpid(), signal.SIGINT)
+        parsed.append(parse(values))
+        return parsed[0]
+
+    monkeypatch.setattr(config_file, "parse_config", interrupted)
+    shown = jaxreset("train", f"run.dir={tmp_path}/run", code=130)
+    assert shown == "ended by Ctrl-C; the same command starts again\n"
+    assert parsed
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_there_is_nothing_to_evaluate_or_export_without_a_run(jaxreset, tmp_path):

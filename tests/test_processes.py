@@ -23,14 +23,29 @@ from jaxreset.parallel.mesh import make_mesh
 from jaxreset.parallel.processes import start
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-# Nothing has been learnt, so nothing is right: the entropy gives a gradient.
+# Nothing has been learnt, so the reward is scripted: a response is right where its text has an even
+# length. A process with LEAVES_AT in its environment gets SIGTERM in the nth round that it scores.
+SCRIPTED = """
+import os, signal
+import numpy as np
+from jaxreset import cli
+from jaxreset.tasks.base import Scores
+from jaxreset.tasks.chain import ChainTask
+calls, leaves_at = [], int(os.environ.get("LEAVES_AT", 0))
+def even_length(task, items):
+    calls.append(len(items))
+    if len(calls) == leaves_at:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return Scores(np.array([len(text) % 2 == 0 for _, text in items], np.float64), ())
+ChainTask.score = even_length
+cli.main()
+"""
 TINY = """
     model.fresh.layers=1 model.fresh.width=32 model.fresh.heads=2 model.fresh.kv_heads=2 model.fresh.mlp=64
     task.min_terms=3 task.max_terms=5 sampling.max_prompt_tokens=18 sampling.max_response_tokens=32
     sampling.max_step_tokens=8 reset.localizer.max_tokens=5 reset.localizer.max_question_tokens=80
     warm_start.steps=0 train.prompts_per_step=4 train.microbatch_tokens=1500 train.min_signal_groups=0
-    loss.entropy_bonus=0.01 data.eval_size=16 eval.batch=16 eval.every_steps=null mesh.fsdp=2
-    run.compile_cache=false
+    objective=rrpo data.eval_size=16 eval.batch=16 eval.every_steps=null mesh.fsdp=2
 """
 EXEMPT = ("time/", "seconds", "compiles", "eval/")  # the shorter run ends with an evaluation
 
@@ -38,12 +53,13 @@ EXEMPT = ("time/", "seconds", "compiles", "eval/")  # the shorter run ends with 
 class Process:
     """`jaxreset train` with so many simulated devices, its output in a file."""
 
-    def __init__(self, log, devices, *options):
+    def __init__(self, log, devices, *options, leaves_at=0):
         environment = os.environ | {
             "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "LEAVES_AT": str(leaves_at),
         }
-        command = [sys.executable, "-m", "jaxreset", "train", str(QUICKSTART), *TINY.split()]
+        command = [sys.executable, "-c", SCRIPTED, "train", str(QUICKSTART), *TINY.split()]
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [*command, *options], env=environment, stdout=output, stderr=subprocess.STDOUT
@@ -71,29 +87,52 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def pair_of(folder, port, *, leaves_at=0):
+    """Two processes of one run, of which the second gets SIGTERM."""
+    job = f"run.dir={folder} train.steps=5000 --processes 2 --coordinator localhost:{port}".split()
+    return [
+        Process(
+            folder.with_suffix(f".{n}.{leaves_at}.log"),
+            2,
+            *job,
+            "--process",
+            str(n),
+            leaves_at=leaves,
+        )
+        for n, leaves in enumerate((0, leaves_at))
+    ]
+
+
 @pytest.mark.slow
 def test_two_processes_do_what_one_does_and_end_together(tmp_path):
-    alone = Process(tmp_path / "alone.log", 4, f"run.dir={tmp_path}/alone", "train.steps=2")
-    job = f"run.dir={tmp_path}/pair train.steps=5000 --processes 2 --coordinator localhost:{free_port()}"
-    pair = [Process(tmp_path / f"{n}.log", 2, *job.split(), "--process", str(n)) for n in range(2)]
+    """They are preempted after a step (two evaluations, two rounds, and one of the next step), start
+    again, and are killed after some more."""
+    alone = Process(tmp_path / "alone.log", 4, f"run.dir={tmp_path}/alone", "train.steps=3")
+    pair = pair_of(tmp_path / "pair", free_port(), leaves_at=5)
+    running = [alone, *pair]
     try:
         assert alone.wait(600) == 0
+        assert [process.wait(600) for process in pair] == [75, 75]
+        for process in pair:
+            assert "ended by SIGTERM; step 1 is saved" in process.log.read_text()
+        assert [line["step"] for line in metrics(tmp_path / "pair")] == [0, 1]
+        pair = pair_of(tmp_path / "pair", free_port())
+        running += pair
         end = time.monotonic() + 600
-        while len(metrics(tmp_path / "pair")) < 4 and time.monotonic() < end:
+        while len(metrics(tmp_path / "pair")) < 5 and time.monotonic() < end:
             assert all(p.process.poll() is None for p in pair), pair[0].log.read_text()[-3000:]
             time.sleep(0.2)
         pair[1].process.send_signal(signal.SIGKILL)
         # By a connection that broke, or, where it waits for nothing just then, by missing heartbeats.
         assert pair[0].wait(60) in (1, -signal.SIGABRT)
     finally:
-        for process in [alone, *pair]:
+        for process in running:
             process.process.kill()
     message = pair[0].log.read_text()
     assert re.search("other processes broke off|tasks are unhealthy", message)
 
     expected, ours = metrics(tmp_path / "alone"), metrics(tmp_path / "pair")
-    assert expected[2]["optimizer_steps"] == 1
-    for line, other in zip(ours[:3], expected, strict=True):
+    for line, other in zip(ours[:4], expected, strict=True):
         line, other = (
             {key: x for key, x in record.items() if not key.startswith(EXEMPT)}
             for record in (line, other)
@@ -101,7 +140,11 @@ def test_two_processes_do_what_one_does_and_end_together(tmp_path):
         assert line.keys() == other.keys()
         for key, value in line.items():
             np.testing.assert_allclose(value, other[key], rtol=1e-5, atol=1e-6, err_msg=key)
-    assert len({line["compiles"] for line in ours}) == 1
+    for line in expected[1:]:
+        assert 0.2 < line["reward/mean"] < 0.8
+        assert line["optimizer_steps"] == 1
+        assert line["grad_norm"] > 0
+    assert len({line["compiles"] for line in ours[2:]}) == 1
 
 
 class Service:

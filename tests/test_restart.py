@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jaxreset.config_file import load_config
 from jaxreset.errors import ConfigError, PreemptedError
 from jaxreset.training import compiles, run_folder
+from jaxreset.training import preemption as preemption_module
 from jaxreset.training.compiles import kept_programs
 from jaxreset.training.preemption import noticing_preemption
 from jaxreset.training.run_folder import RunFolder
@@ -23,24 +26,117 @@ ROOT = Path(__file__).parent.parent
 QUICKSTART, BENCHMARKS = ROOT / "configs" / "quickstart.yaml", ROOT / "benchmarks"
 
 
-def test_sigterm_is_noticed_once():
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
-    mine = signal.getsignal(signal.SIGTERM)
+SIGNALS = pytest.mark.parametrize(
+    ("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 75), (signal.SIGINT, "Ctrl-C", 130)]
+)
+
+
+@pytest.fixture
+def handlers():
+    """Handlers of the two signals that are there before, and are to be there after."""
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = [signal.signal(n, lambda *_: None) for n in numbers]
+    mine = [signal.getsignal(n) for n in numbers]
+    yield mine
+    assert [signal.getsignal(n) for n in numbers] == mine
+    for n, handler in zip(numbers, before, strict=True):
+        signal.signal(n, handler)
+
+
+@SIGNALS
+def test_a_signal_is_noticed_once(handlers, number, name, code):
     with noticing_preemption() as preemption:
         preemption.check()
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(PreemptedError, match="the same command starts again"):
+        os.kill(os.getpid(), number)
+        with pytest.raises(PreemptedError, match=f"{name}; the same command starts") as caught:
             preemption.check()
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process
-    assert signal.getsignal(signal.SIGTERM) is mine
-    signal.signal(signal.SIGTERM, before)
+        assert caught.value.code == code
+        assert signal.getsignal(number) is signal.SIG_DFL  # a second one ends the process
+
+
+def signalled(number, reached, *, before=False):
+    """What a run does that gets a signal in, or before, what can be ended at once."""
+    with noticing_preemption() as preemption:
+        with preemption.ending_at_once():
+            reached.append("first")
+        if before:
+            os.kill(os.getpid(), number)
+        reached.append("between")
+        with preemption.ending_at_once():
+            os.kill(os.getpid(), number)
+            reached.append("second")
+
+
+@SIGNALS
+@pytest.mark.parametrize("before", [False, True])
+def test_a_signal_ends_at_once_what_can_be_lost(handlers, number, name, code, before):
+    reached = []
+    with pytest.raises(PreemptedError, match=name) as caught:
+        signalled(number, reached, before=before)
+    assert caught.value.code == code
+    assert reached == ["first", "between"]
+
+
+def test_an_interrupt_that_is_somebody_elses_stays_one(handlers):
+    with pytest.raises(KeyboardInterrupt), noticing_preemption():
+        raise KeyboardInterrupt
+
+
+def test_several_processes_end_at_the_same_point(handlers, monkeypatch):
+    """One that got the signal must not leave the others waiting for it; they say what it got."""
+    monkeypatch.setattr(preemption_module.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(preemption_module, "gather", lambda mine: [*mine, "Ctrl-C"])
+    reached, asked = [], []
+    monkeypatch.setattr(preemption_module, "any_process", lambda mine: asked.append(mine) or mine)
+    with pytest.raises(PreemptedError, match="Ctrl-C"):
+        signalled(signal.SIGINT, reached)
+    assert reached == ["first", "between", "second"]
+    assert asked == [False, False, False, True]
+    monkeypatch.setattr(preemption_module, "any_process", lambda mine: True)  # another one
+    with noticing_preemption() as preemption, pytest.raises(PreemptedError) as caught:
+        preemption.check()
+    assert caught.value.code == 130
+
+
+def test_an_ignored_signal_stays_ignored(handlers):
+    """As a shell makes it for a job in the background."""
+    mine = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with noticing_preemption() as preemption:
+        os.kill(os.getpid(), signal.SIGINT)
+        preemption.check()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    signal.signal(signal.SIGINT, mine)
+
+
+# Python's handlers wait until the call returns; it lets other threads go on, as programs on a device do.
+BUSY = """
+import hashlib
+from jaxreset.training.preemption import noticing_preemption
+with noticing_preemption():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+
+
+def test_a_second_signal_ends_a_process_in_the_middle_of_a_program():
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert "Ctrl-C: the run ends as soon as" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
 
 
 def test_only_the_main_thread_notices():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def run():
-        with noticing_preemption() as preemption:
+        with noticing_preemption() as preemption, preemption.ending_at_once():
             preemption.check()
             seen.append(signal.getsignal(signal.SIGTERM))
 
@@ -99,19 +195,19 @@ SHORT = """
 """
 
 
-def test_a_run_killed_twice_and_ended_once_is_the_run_that_was_not(monkeypatch, capsys):
+def test_a_run_killed_interrupted_and_ended_is_the_run_that_was_not(monkeypatch, capsys):
     """The short form of `benchmarks/kill_and_resume.py`, with programs compiled in haste."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     from kill_and_resume import main
 
-    assert main(["--series", "kkt", "--steps", "6", *SHORT.split()]) == 0
+    assert main(["--series", "kit", "--steps", "6", *SHORT.split()]) == 0
     shown = capsys.readouterr().out
     assert "never interrupted" in shown
     assert ", 6 optimizer steps" in shown
-    assert shown.count("(exit code -9)") == 2
-    assert shown.count("(exit code 75)") == 1
-    assert "kkt: the same bits, metrics and rollouts" in shown
+    for code in (-9, 130, 75):
+        assert shown.count(f"(exit code {code})") == 1
+    assert "kit: the same bits, metrics and rollouts" in shown
 
 
 def test_a_run_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch):

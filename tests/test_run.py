@@ -17,26 +17,33 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
 from model_helpers import assert_same_params
 
 from jaxreset import cli
-from jaxreset.config_file import load_config
-from jaxreset.errors import RunError
+from jaxreset.config_file import DUMPED, load_config
+from jaxreset.errors import ConfigError, RunError
 from jaxreset.models.adapters import trained
 from jaxreset.models.policy import load_policy
 from jaxreset.reporting.curve import draw_curve
 from jaxreset.reporting.report import write_report
+from jaxreset.sampling import Sampler
 from jaxreset.tasks import pipeline
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask
-from jaxreset.training.checkpoints import Checkpoints, load_params
+from jaxreset.training import learner as learner_module
+from jaxreset.training import loop
+from jaxreset.training.checkpoints import Checkpoints, Progress, load_params, saved_steps
+from jaxreset.training.endings import save_finished
+from jaxreset.training.learner import Learner
 from jaxreset.training.loop import train
 from jaxreset.training.run_folder import RunFolder
+from jaxreset.training.run_lock import locked
 from jaxreset.training.setup import make_experiment
-from jaxreset.training.update import init_state, make_optimizer
+from jaxreset.training.update import TrainState, init_state, make_optimizer
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 TINY = """
@@ -282,11 +289,25 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(unstopped, tmp_path):
     stopped = train(tiny(tmp_path, "train.steps=2"))
     assert stopped.history[-1]["step"] == 2
     assert saved_state(stopped)[1].signal_groups > 0 or stopped.history[2]["optimizer_steps"]
+    as_an_older_version_left_it(tmp_path)
     resumed = train(tiny(tmp_path))
     # The line of step 2 differs: it was a last one, and so evaluated.
     for n in (0, 1, 3, 4):
         assert repeatable(resumed.history)[n] == repeatable(unstopped.history)[n]
     assert_same_end(resumed, unstopped)
+
+
+def as_an_older_version_left_it(folder):
+    """The saved config without the keys that the first version didn't know."""
+
+    def kept(values, known):
+        if not isinstance(known, dict):
+            return values
+        return {key: kept(values[key], old) for key, old in known.items()}
+
+    known = yaml.safe_load((Path(__file__).parent / "fixtures" / "older_config.yaml").read_text())
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(f"{DUMPED}\n{yaml.safe_dump(kept(values, known))}")
 
 
 FROM_THE_START = ("objective=grpo", "loss.kl=10", "train.min_signal_groups=0", "checkpoint.keep=1")
@@ -346,38 +367,90 @@ def test_a_killed_run_starts_again_at_its_checkpoint(unstopped, tmp_path, monkey
     assert_same_end(resumed, unstopped)
 
 
-def sigterm_at(call):
+def signal_at(call, number):
     """Scores as `even_length`; the machine is to be taken away while it does so for the nth time."""
     calls = []
 
     def score(task, items):
         calls.append(len(items))
         if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return even_length(task, items)
 
     return score
 
 
-@pytest.mark.parametrize(("call", "step"), [(5, 1), (11, 4)])
-def test_sigterm_ends_a_run_before_its_next_round(
-    unstopped, tmp_path, monkeypatch, capsys, call, step
+def assert_nothing_is_lost(folder, step):
+    """All steps in the metrics are saved, up to this one."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == list(range(step + 1))
+    assert max(map(int, os.listdir(folder / "checkpoints"))) == step
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "code", "call", "step"),
+    [(signal.SIGTERM, "SIGTERM", 75, 5, 1), (signal.SIGINT, "Ctrl-C", 130, 11, 4)],
+)
+def test_a_signal_ends_a_run_before_its_next_round(
+    unstopped, tmp_path, monkeypatch, capsys, number, name, code, call, step
 ):
     """Two evaluations at the start and the end, and two rounds a step: what is drawn of a step is
     thrown away, and of the last step only the evaluation is left to do."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     config = unstopped.folder / "config.yaml"
-    monkeypatch.setattr(ChainTask, "score", sigterm_at(call))
-    jaxreset(monkeypatch, "train", config, f"run.dir={tmp_path}", code=75)
+    monkeypatch.setattr(ChainTask, "score", signal_at(call, number))
+    jaxreset(monkeypatch, "train", config, f"run.dir={tmp_path}", code=code)
     shown = capsys.readouterr()
-    assert f"ended by SIGTERM; step {step} is saved" in shown.err
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert f"{step}" in {f.name for f in (tmp_path / "checkpoints").iterdir()}
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
-    assert [line["step"] for line in lines] == list(range(step + 1))
-    assert "eval/accuracy" not in lines[-1]
+    assert f"ended by {name}; step {step} is saved, the same command goes on from" in shown.err
+    assert signal.getsignal(number) is before
+    assert "eval/accuracy" not in assert_nothing_is_lost(tmp_path, step)[-1]
     monkeypatch.setattr(ChainTask, "score", even_length)
     resumed = train(tiny(tmp_path))
+    assert repeatable(resumed.history) == repeatable(unstopped.history)
+    assert_same_end(resumed, unstopped)
+
+
+# Where Ctrl-C comes: what is called then, for the how manyth time, and the last step that is saved.
+MOMENTS = [
+    (pipeline.PromptStream, "__init__", 1, None),  # all is being read
+    (ChainTask, "demonstrate_solution", 20, None),  # the warm start
+    (Checkpoints, "save", 1, 0),
+    (Learner, "compile", 1, 0),
+    (Sampler, "sample", 1, 0),  # the evaluation at the start
+    (Learner, "learn", 1, 1),
+    (RunFolder, "log", 1, 2),
+    (loop, "write_report", 1, 4),
+]
+
+
+def test_ctrl_c_loses_no_finished_step(unstopped, tmp_path, monkeypatch, capsys):
+    """One run, interrupted again and again."""
+    for owner, called, nth, saved in MOMENTS:
+        function, calls = getattr(owner, called), []
+
+        def interrupted(*args, function=function, calls=calls, nth=nth, **kwargs):
+            calls.append(args)
+            if len(calls) == nth:
+                os.kill(os.getpid(), signal.SIGINT)
+            return function(*args, **kwargs)
+
+        code = 0 if saved == 4 else 130  # it has ended
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, called, interrupted)
+            jaxreset(patch, "train", QUICKSTART, *TINY.split(), f"run.dir={tmp_path}", code=code)
+        assert len(calls) >= nth
+        shown = capsys.readouterr().err
+        assert not (tmp_path / "run.lock").exists()
+        if saved is None:
+            assert "ended by Ctrl-C; the same command starts again" in shown
+            assert not (tmp_path / "checkpoints").exists()
+        elif saved < 4:
+            assert f"ended by Ctrl-C; step {saved} is saved, the same command goes on" in shown
+            if saved:  # else it has no metrics yet
+                assert_nothing_is_lost(tmp_path, saved)
+    assert_nothing_is_lost(tmp_path, 4)
+    resumed = train(tiny(tmp_path))  # which only reads what is there
     assert repeatable(resumed.history) == repeatable(unstopped.history)
     assert_same_end(resumed, unstopped)
 
@@ -393,6 +466,101 @@ def test_sigterm_ends_a_warm_start(tmp_path, monkeypatch, capsys):
     jaxreset(monkeypatch, "train", QUICKSTART, *TINY.split(), f"run.dir={tmp_path}", code=75)
     assert "ended by SIGTERM; the same command starts again" in capsys.readouterr().err
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_in_a_folder_keeps_others_out_and_lets_them_read(unstopped, monkeypatch, capsys):
+    config = unstopped.folder / "config.yaml"
+    with locked(unstopped.folder):
+        with pytest.raises(ConfigError, match=f"in use: process {os.getpid()} on host"):
+            train(tiny(unstopped.folder))
+        jaxreset(monkeypatch, "train", config, code=2)
+        assert f"in use: process {os.getpid()} on host" in capsys.readouterr().err
+        jaxreset(monkeypatch, "train", config, "--dry-run")
+        jaxreset(monkeypatch, "eval", config, "--json")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 4
+
+
+# No result changes with these but for rounding.
+SMALLER = (
+    "train.remat=true", "train.microbatch_tokens=700", "sampling.slots=8",
+    "sampling.hold_cache=never", "task.processes=1", "checkpoint.every_steps=3",
+)  # fmt: skip
+ALWAYS = (
+    "objective=rrpo", "model.fresh.layers=1", "warm_start.steps=0", "train.steps=3",
+    "train.min_signal_groups=0",
+)  # fmt: skip
+
+
+def test_a_run_out_of_memory_goes_on_with_keys_that_take_less(tmp_path, monkeypatch, capsys):
+    """It ends in the update of step 2, with step 0 saved by the config, after the update has taken the
+    sum of gradients over; what it had finished is saved all the same."""
+    accumulate, learn = learner_module.accumulate, Learner.learn
+
+    def too_large(gradients, *args, **kwargs):
+        accumulate(gradients, *args, **kwargs)
+        assert all(x.is_deleted() for x in jax.tree.leaves(gradients))
+        message = "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nlong tables"
+        raise jax.errors.JaxRuntimeError(message)
+
+    def learn_in_vain(self, *args):
+        if self.progress.step == 1:
+            patch.setattr(learner_module, "accumulate", too_large)
+        return learn(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "learn", learn_in_vain)
+        run = "train", QUICKSTART, *TINY.split(), *ALWAYS, f"run.dir={tmp_path}/run"
+        jaxreset(patch, *run, "checkpoint.every_steps=100", code=1)
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and shown.count("\n") == 1  # noqa: PT018
+    assert "memory doesn't suffice (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.)" in shown
+    for key in (
+        "train.remat=true", "train.microbatch_tokens=750", "sampling.hold_cache=never",
+        "sampling.slots=", "step 1 is saved",
+    ):  # fmt: skip
+        assert key in shown
+    assert_nothing_is_lost(tmp_path / "run", 1)
+
+    (tmp_path / "run" / "run.lock").write_text("{}")  # of one that was killed
+    moved = train(tiny(tmp_path / "run", *ALWAYS, *SMALLER))
+    whole = train(tiny(tmp_path / "whole", *ALWAYS, *SMALLER))
+    changes = json.loads((tmp_path / "run" / "changes.jsonl").read_text())
+    assert changes["step"] == 1
+    assert {key.partition("=")[0] for key in SMALLER} == changes["changed"].keys()
+    assert load_config(tmp_path / "run" / "config.yaml").train.remat
+    assert_equal_within_rounding(moved, whole, after=0)
+
+
+def assert_equal_within_rounding(one, other, *, after):
+    """The same was drawn in each step after this one, and what was learnt from it is almost the same."""
+    for line, theirs in zip(one.history[after + 1 :], other.history[after + 1 :], strict=True):
+        assert line["optimizer_steps"] == 1
+        for name in ("tokens_sampled", "reward/mean", "groups/with_signal"):
+            assert line[name] == theirs[name]
+        for name in ("loss", "grad_norm", "policy/entropy"):
+            np.testing.assert_allclose(line[name], theirs[name], rtol=1e-3, atol=1e-5)
+    for a, b in zip(
+        jax.tree.leaves(one.policy.params), jax.tree.leaves(other.policy.params), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("taken", [None, "gradients", "params"])
+def test_what_an_update_has_taken_is_not_saved(tmp_path, taken):
+    """A sum of nothing is made anew; parameters that are gone are in an older checkpoint."""
+    config = tiny(tmp_path)
+    state = TrainState({"w": jnp.ones(3)}, (), {"w": jnp.zeros(3)})
+    checkpoints = Checkpoints(tmp_path / "checkpoints", config.checkpoint)
+    checkpoints.save(state, Progress(step=1))
+    if taken is not None:
+        getattr(state, taken)["w"].delete()
+    save_finished(checkpoints, state, Progress(step=2))
+    checkpoints.close()
+    assert max(saved_steps(checkpoints.path)) == (1 if taken == "params" else 2)
+    waiting = Progress(step=3, normalizer=8.0)  # gradients of some groups
+    save_finished(checkpoints, state, waiting)
+    checkpoints.close()
+    assert max(saved_steps(checkpoints.path)) == {None: 3, "gradients": 2, "params": 1}[taken]
 
 
 def damage(checkpoint):
@@ -441,16 +609,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, eight_devices):
     mesh = "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"
     moved = train(tiny(tmp_path / "moved", *options, *mesh))
     assert len(jax.tree.leaves(moved.policy.params)[0].sharding.device_set) == 8
-    for line, other in zip(moved.history[3:], whole.history[3:], strict=True):
-        assert line["optimizer_steps"] == 1
-        for name in ("tokens_sampled", "reward/mean", "groups/with_signal"):
-            assert line[name] == other[name]
-        for name in ("loss", "grad_norm", "policy/entropy"):
-            np.testing.assert_allclose(line[name], other[name], rtol=1e-3, atol=1e-5)
-    for a, b in zip(
-        jax.tree.leaves(moved.policy.params), jax.tree.leaves(whole.policy.params), strict=True
-    ):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert_equal_within_rounding(moved, whole, after=2)
 
 
 def test_a_finished_run_started_again_changes_nothing(unstopped, tmp_path):

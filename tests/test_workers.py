@@ -297,3 +297,19 @@ def test_a_worker_that_cannot_start_says_why():
 def test_refused_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         RewardWorkers(**({"score_one": act} | settings))
+
+
+def test_a_worker_lives_through_what_ctrl_c_sends_to_all(monkeypatch):
+    """From its first instruction on: its parent is to finish what it does."""
+
+    class Disturbed(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.send_signal(number)
+
+    monkeypatch.setattr(subprocess, "Popen", Disturbed)
+    with RewardWorkers(act, processes=2) as workers:
+        scores = workers.score([(Problem("p", "", ""), f"add {n}") for n in (2, 3, 4)])
+    assert scores.rewards.tolist() == [2, 3, 4]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []).isdisjoint({signal.SIGINT, signal.SIGTERM})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -61,6 +61,11 @@ class Display:
         trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
+
+    def changed(self, changes: Mapping[str, tuple[Any, Any]]) -> None:
+        """Says with which other keys a run goes on."""
+        for key, (before, now) in changes.items():
+            self.console.print(f"going on with {key}={now}, so far {before}", markup=False)
 
     def phase(self, name: str, total: int | None, *, done: int = 0) -> None:
         """Begins a phase of `total` steps, of which `done` are done."""

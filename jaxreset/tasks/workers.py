@@ -48,6 +48,8 @@ _READY, _SCORED, _OUT_OF_MEMORY, _RAISED = "ready", "scored", "out of memory", "
 _TIMED_OUT, _DIED = "timed out", "died"
 
 LONGEST_REASON = 4000  # characters kept of a traceback
+# These come to the whole process group and are meant for the parent, which ends its workers.
+_FOR_THE_PARENT = (signal.SIGINT, signal.SIGTERM)
 
 _BOOT = (
     "import sys; fd, *sys.path[:] = sys.argv[1:]; "
@@ -208,12 +210,17 @@ class _Worker:
         with theirs:
             fd = theirs.fileno()
             path = [entry or os.getcwd() for entry in sys.path]
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, str(fd), *path],
-                pass_fds=[fd],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            )
+            # The worker starts with them blocked, until it ignores them.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", _BOOT, str(fd), *path],
+                    pass_fds=[fd],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._send((functions, limits))
 
     def give(self, index: int, item: Item) -> None:
@@ -251,13 +258,12 @@ class _Worker:
 
 def serve(fd: int) -> None:
     """The worker: scores the items that arrive on the pipe `fd` until the other end closes."""
-    # These come to the whole process group and are meant for the parent, which ends us.
-    for interrupt in (signal.SIGINT, signal.SIGTERM):
+    for interrupt in _FOR_THE_PARENT:
         signal.signal(interrupt, signal.SIG_IGN)
     deadlines = (signal.SIGPROF, signal.SIGALRM)
     for deadline in deadlines:
         signal.signal(deadline, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, deadlines)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*deadlines, *_FOR_THE_PARENT})
     pipe = Connection(fd)
     try:
         functions, limits = pipe.recv()

@@ -29,11 +29,12 @@ from jaxreset.tasks.chain import ChainTask
 from jaxreset.training.alarms import Alarms
 from jaxreset.training.checkpoints import Checkpoints, abstract, save_params
 from jaxreset.training.compiles import compiles, kept_programs, trim
+from jaxreset.training.endings import explained, is_out_of_memory, save_finished
 from jaxreset.training.evaluate import evaluations
 from jaxreset.training.finished import started_from
 from jaxreset.training.footprint import check_room, here
 from jaxreset.training.learner import Learner
-from jaxreset.training.preemption import noticing_preemption
+from jaxreset.training.preemption import Preemption, noticing_preemption
 from jaxreset.training.run_folder import RunFolder
 from jaxreset.training.setup import Experiment, make_experiment
 from jaxreset.training.update import make_optimizer
@@ -63,37 +64,45 @@ def train(config: Config, display: Display | None = None) -> Result:
 
     Raises:
       ConfigError: before anything is compiled.
-      PreemptedError: after SIGTERM, with the last finished step saved.
+      PreemptedError: after SIGTERM or Ctrl-C, with the last finished step saved.
       RunError: gradients stopped being finite, the verifier failed on every response, or a checkpoint
-        or something else could not be written, or none of the checkpoints read.
+        or something else could not be written, or none of the checkpoints read; the devices' memory
+        didn't suffice, or the disk.
     """
     if display is None or not is_leader():
         display = Display(quiet=True)
     folder = RunFolder(config)
-    folder.check_writable()
-    folder.check_shared()
-    config = folder.dated()
     with (
+        explained(config, folder.checkpoints),
         naming_full_disk(folder.path),
-        kept_programs(folder.compile_cache),
         noticing_preemption() as preemption,
+        folder.locked(),
     ):
-        if (doubt := check_room(here(config))) is not None:
-            logger.warning(doubt)
-        experiment = make_experiment(config)
+        folder.check_writable()
+        folder.check_shared()
+        return _train(folder.dated(), folder, preemption, display)
+
+
+def _train(config: Config, folder: RunFolder, preemption: Preemption, display: Display) -> Result:
+    """`train` in a folder that is its own."""
+    with kept_programs(folder.compile_cache):
+        with preemption.ending_at_once():
+            if (doubt := check_room(here(config))) is not None:
+                logger.warning(doubt)
+            experiment = make_experiment(config)
         experiment.collector = replace(
             experiment.collector,
             interrupt=preemption.check,
             keep_errors=folder.save_verifier_errors,
         )
-        folder.claim()
+        display.changed(folder.claim())
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
         going_on = checkpoints.any()
         sent = folder.history() if going_on else []
         trackers = Trackers(config, folder.path, sent, anew=not going_on)
         try:
             with display:
-                learner = _prepare(experiment, checkpoints, folder, display)
+                learner = _prepare(experiment, checkpoints, folder, preemption, display)
                 trackers.go_on(learner.progress.step if going_on else -1)
                 _loop(experiment, learner, checkpoints, folder, trackers, display)
         finally:
@@ -112,12 +121,17 @@ def train(config: Config, display: Display | None = None) -> Result:
 
 
 def _prepare(
-    experiment: Experiment, checkpoints: Checkpoints, folder: RunFolder, display: Display
+    experiment: Experiment,
+    checkpoints: Checkpoints,
+    folder: RunFolder,
+    preemption: Preemption,
+    display: Display,
 ) -> Learner:
     """The learner at the step where the run goes on, with everything compiled."""
     config, restoring = experiment.config, checkpoints.any()
     if config.warm_start.steps and not restoring:
-        policy = _warm_start(experiment, folder, display)
+        with preemption.ending_at_once():
+            policy = _warm_start(experiment, folder, display)
     else:
         policy = started_from(experiment, folder)
     optimizer = make_optimizer(config.optimizer, config.optimizer_steps)
@@ -150,11 +164,12 @@ def _prepare(
         folder.cut_back(-1)
     wait_for_all("the metrics are cut back")
     display.phase("compiling", None)
-    learner.compile()
-    experiment.compile_sampling(learner.policy)
-    # One padded call, so that normalising rewards compiles now.
-    set_advantages([], scale=config.loss.advantage_scale or "std", size=experiment.plan.sets)
-    trim()
+    with preemption.ending_at_once():
+        learner.compile()
+        experiment.compile_sampling(learner.policy)
+        # One padded call, so that normalising rewards compiles now.
+        set_advantages([], scale=config.loss.advantage_scale or "std", size=experiment.plan.sets)
+        trim()
     return learner
 
 
@@ -194,6 +209,7 @@ def _loop(
     marker = experiment.task.answer_marker
     alarms = Alarms(config, marker, folder.alarms, folder.history(), display.alarm)
     alarms.start(learner.policy.eos_ids)
+    finished = learner.state, learner.progress
     try:
         if late := _evaluate_late(experiment, learner, folder, trackers, display):
             alarms.note(late)
@@ -202,6 +218,7 @@ def _loop(
             step = learner.progress.step + 1
             with _traced(step in config.run.profile_steps, folder.path / "profile"):
                 record, trees = _step(experiment, learner, folder, step)
+            finished = learner.state, learner.progress
             try:
                 if _evaluated(config, step):
                     record |= evaluations(experiment, learner.policy, step)
@@ -215,10 +232,11 @@ def _loop(
                 checkpoints.save(learner.state, learner.progress, record)
     except PreemptedError:
         checkpoints.save(learner.state, learner.progress)
-        step = learner.progress.step
-        raise PreemptedError(
-            f"ended by SIGTERM; step {step} is saved, the same command goes on from there"
-        ) from None
+        raise
+    except jax.errors.JaxRuntimeError as error:
+        if is_out_of_memory(error):
+            save_finished(checkpoints, *finished)
+        raise
 
 
 def _evaluate_late(

@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import yaml
 
-from jaxreset.config import Config
-from jaxreset.config_file import DUMPED, dump_config
-from jaxreset.errors import ConfigError
+from jaxreset.config import MAY_CHANGE, Config
+from jaxreset.config_file import DUMPED, dump_config, run_path, saved_values
+from jaxreset.disk import writing
+from jaxreset.errors import ConfigError, RunError
 from jaxreset.json_text import dumps, loads
 from jaxreset.parallel.processes import gather, is_leader
 from jaxreset.training.checkpoints import ACCURACY, saved_steps
+from jaxreset.training.run_lock import locked
 from jaxreset.training.scoring import Record, keep_errors
 
-# What may differ when a run is started again: none of it changes a result already there. On another
-# mesh sums are taken in another order, so what follows is equal within rounding only.
-FREE_KEYS: tuple[str, ...] = (
-    "run",
-    "checkpoint",
-    "eval",
-    "mesh",
-    "train.steps",
-    "train.max_nonfinite",
-)
 DATE = "task.date"
 
 
 class RunFolder:
-    """`config.yaml`, `metrics.jsonl`, `rollouts/`, `checkpoints/`, `nonfinite/` under one folder.
+    """`config.yaml`, `metrics.jsonl`, `rollouts/`, `checkpoints/`, `nonfinite/` under one folder; and
+    `changes.jsonl`, where a run went on with another config.
 
     Of several processes one writes; what it wrote is there for the others after they waited for it.
 
@@ -43,8 +37,9 @@ class RunFolder:
 
     def __init__(self, config: Config):
         self.config = config
-        self.path = Path(config.run.dir).expanduser().absolute()
+        self.path = run_path(config.run.dir)
         self.saved = self.path / "config.yaml"
+        self.changes = self.path / "changes.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.rollouts = self.path / "rollouts"
         self.nonfinite = self.path / "nonfinite"
@@ -62,31 +57,56 @@ class RunFolder:
             return Path(wanted).expanduser().absolute()
         return self.path / "cache" if wanted and self.path.is_dir() else None
 
-    def check_writable(self) -> None:
-        """Makes the folder if need be.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, the folder, which is made if need be, is this run's and no other's.
 
         Raises:
-          ConfigError: it can't be written, or holds another config's run or somebody's `config.yaml`.
+          ConfigError: in every process, where it is another's or can't be written.
         """
-        if not is_leader():
-            return
-        try:
+        with ExitStack() as stack:
+
+            def lock() -> None:
+                with self._writing():
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(locked(self.path))
+
+            _of_the_leader(lock)
+            yield
+
+    def check_writable(self) -> None:
+        """Makes what is in the folder if need be.
+
+        Raises:
+          ConfigError: in every process, where it can't be written, or holds another config's run or
+            somebody's `config.yaml`.
+        """
+        _of_the_leader(self._check_writable)
+
+    def _check_writable(self) -> None:
+        with self._writing():
             self.rollouts.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
             probe.touch()
             probe.unlink()
-        except OSError as error:
-            raise ConfigError(
-                f"run.dir {self.path} can't be written: {error.strerror}; name another folder"
-            ) from error
         if self.saved.exists() and not self.saved.read_text().startswith(DUMPED):
             raise ConfigError(
                 f"run.dir {self.path} holds a config.yaml that isn't a run's; name another folder"
             )
-        free = FREE_KEYS
+        free = tuple(MAY_CHANGE)
         if self.config.optimizer.schedule != "constant":  # it ends with the last step
             free = tuple(key for key in free if key != "train.steps")
         self._refuse_other_run(free=free)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What is written inside may fail."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir {self.path} can't be written: {error.strerror}; name another folder"
+            ) from error
 
     def check_shared(self) -> None:
         """Returns when the folder is there for every process.
@@ -130,33 +150,48 @@ class RunFolder:
         """Raises `ConfigError` where the folder's checkpoints are of another policy or optimizer."""
         self._refuse_other_run(only=("model", "optimizer"))
 
-    def claim(self) -> None:
-        """Writes the resolved config: from now on the folder is this run's."""
-        if is_leader():
-            _write(self.saved, dump_config(self.config))
+    def claim(self) -> dict[str, tuple[Any, Any]]:
+        """Writes the resolved config: from now on the folder is this run's.
+
+        Returns:
+          The keys that differ from those of the run that goes on, before and now: they are noted in
+          `changes.jsonl` too.
+        """
+        if not is_leader():
+            return {}
+        changed = self._changed()
+        if changed:
+            step = saved_steps(self.checkpoints)[-1]
+            time = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+            line = dumps({"step": step, "time": time, "changed": changed})
+            _append(self.changes, line + "\n")
+        _write(self.saved, dump_config(self.config))
+        return changed
+
+    def _changed(self) -> dict[str, tuple[Any, Any]]:
+        """Keys whose value differs from that of the run in the folder; both values."""
+        # Before the first checkpoint there is nothing to go on from: a mended config may start anew.
+        if not self.saved.exists() or not saved_steps(self.checkpoints):
+            return {}
+        before = _flat(saved_values(self.saved))
+        now = _flat(self.config.model_dump(mode="json"))
+        keys = sorted({*before, *now})
+        return {k: (before.get(k), now.get(k)) for k in keys if before.get(k) != now.get(k)}
 
     def _refuse_other_run(
         self, *, only: tuple[str, ...] = ("",), free: tuple[str, ...] = ()
     ) -> None:
-        # Before the first checkpoint there is nothing to go on from: a mended config may start anew.
-        if not self.saved.exists() or not saved_steps(self.checkpoints):
-            return
-        before = _flat(yaml.safe_load(self.saved.read_text()))
-        now = _flat(self.config.model_dump(mode="json"))
-        if None in (before.get(DATE), now.get(DATE)):  # not asked for: the run's own will be taken
-            free = (*free, DATE)
         differing = [
-            key
-            for key in sorted({*before, *now})
-            if before.get(key) != now.get(key) and _below(key, only) and not _below(key, free)
+            f"{key}: {before!r} there, {now!r} asked"
+            for key, (before, now) in self._changed().items()
+            if _below(key, only)
+            and not _below(key, free)
+            and not (key == DATE and None in (before, now))  # not asked for: the run's own is taken
         ]
         if differing:
-            shown = ", ".join(
-                f"{k}: {before.get(k)!r} there, {now.get(k)!r} asked" for k in differing[:3]
-            )
             raise ConfigError(
-                f"run.dir {self.path} holds another config's run ({shown}); name another run.dir, "
-                "or delete it"
+                f"run.dir {self.path} holds another config's run ({', '.join(differing[:3])}); name "
+                "another run.dir, or delete it"
             )
 
     def cut_back(self, step: int) -> None:
@@ -178,18 +213,31 @@ class RunFolder:
                 file.unlink()
 
     def history(self) -> list[dict[str, Any]]:
-        """The metrics so far, one object a step; a line cut short by a crash is left out."""
+        """The metrics so far, one object a step; a last line cut short by a crash is left out.
+
+        Raises:
+          RunError: another line isn't JSON.
+        """
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text().splitlines(keepends=True)
-        return [loads(line) for line in lines if line.endswith("\n")]
+        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        found = []
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                found.append(loads(line))
+            except ValueError as error:
+                raise RunError(
+                    f"{self.metrics}, line {number} isn't JSON: {error}. Bring the file back from a "
+                    "backup, or delete the line, and start the same command again"
+                ) from error
+        return found
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Appends one step's metrics."""
-        if not is_leader():
-            return
-        with self.metrics.open("a") as file:
-            file.write(dumps(metrics) + "\n")
+        if is_leader():
+            _append(self.metrics, dumps(metrics) + "\n")
 
     def evaluated(self, step: int) -> bool:
         """Whether the metrics hold this step's accuracy."""
@@ -208,9 +256,8 @@ class RunFolder:
         if not is_leader():
             return
         file = self.nonfinite / f"step_{step:06d}.jsonl"
-        file.parent.mkdir(exist_ok=True)
-        with file.open("a") as lines:  # a step may have several minibatches
-            lines.writelines(dumps({"step": step, **group}) + "\n" for group in groups)
+        text = "".join(dumps({"step": step, **group}) + "\n" for group in groups)
+        _append(file, text)  # a step may have several minibatches
 
     def save_verifier_errors(self, errors: Sequence[Record]) -> None:
         """Keeps responses that the verifier failed on, and how."""
@@ -231,6 +278,18 @@ class RunFolder:
             oldest.unlink()
 
 
+def _of_the_leader(check: Callable[[], None]) -> None:
+    """Does it in the leader; what it refuses is refused in every process, so that none waits for it."""
+    refused = None
+    if is_leader():
+        try:
+            check()
+        except ConfigError as error:
+            refused = str(error)
+    if (refused := gather([refused])[0]) is not None:
+        raise ConfigError(refused)
+
+
 def _cut(file: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Drops a JSONL file's other objects, and a line cut short by a crash; nothing left: the file."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
@@ -242,14 +301,25 @@ def _cut(file: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replaces a file at once, so that a kill leaves the old or the new one."""
+    """Replaces a file at once, so that a kill, or a full disk, leaves the old or the new one."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError:  # of a full disk, say, which half a file makes no better
-        temporary.unlink(missing_ok=True)
-        raise
+    with writing(path, path.name):
+        try:
+            with temporary.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # else a machine that is cut off may leave an empty one
+            os.replace(temporary, path)
+        except OSError:  # of a full disk, say, which half a file makes no better
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _append(path: Path, text: str) -> None:
+    with writing(path, path.name):
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            file.write(text)
 
 
 def _below(key: str, sections: tuple[str, ...]) -> bool:
