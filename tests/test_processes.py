@@ -42,10 +42,10 @@ cli.main()
 """
 TINY = """
     model.fresh.layers=1 model.fresh.width=32 model.fresh.heads=2 model.fresh.kv_heads=2 model.fresh.mlp=64
-    task.min_terms=3 task.max_terms=5 sampling.max_prompt_tokens=18 sampling.max_response_tokens=32
+    task.min_terms=3 task.max_terms=5 sampling.max_prompt_tokens=18 sampling.max_response_tokens=16
     sampling.max_step_tokens=8 reset.localizer.max_tokens=5 reset.localizer.max_question_tokens=80
     warm_start.steps=0 train.prompts_per_step=4 train.microbatch_tokens=1500 train.min_signal_groups=0
-    objective=rrpo data.eval_size=16 eval.batch=16 eval.every_steps=null mesh.fsdp=2
+    data.eval_size=16 eval.batch=16 eval.every_steps=null mesh.fsdp=2
 """
 EXEMPT = ("time/", "seconds", "compiles", "eval/")  # the shorter run ends with an evaluation
 
