@@ -17,6 +17,7 @@ from jaxreset.training.learner import Learner, Minibatch, turns
 from jaxreset.training.setup import loss_form
 from jaxreset.training.update import LossForm, learning_rate, make_optimizer
 
+pytestmark = pytest.mark.usefixtures("hasty")
 repeatable = settings(derandomize=True, deadline=None, max_examples=100)
 
 

@@ -152,10 +152,14 @@ def test_rewards_that_are_not_finite_skip_updates_and_end_the_run(tmp_path, monk
 
 def test_a_run_in_bfloat16_learns_from_resets(tmp_path):
     """With a falling rate, and minibatches."""
-    options = "train.minibatch_prompts=2", "optimizer.schedule=linear", "warm_start.steps=0"
-    config = tiny(
-        tmp_path, "model.dtype=bfloat16", "train.steps=2", "train.min_signal_groups=0", *options
+    options = "objective=rrpo", "train.minibatch_prompts=2", "optimizer.schedule=linear"
+    brief = (
+        "warm_start.steps=0",
+        "train.steps=2",
+        "model.fresh.layers=1",
+        "train.microbatch_tokens=1",
     )
+    config = tiny(tmp_path, "model.dtype=bfloat16", "train.min_signal_groups=0", *options, *brief)
     before = new_params(config)
     done = train(config)
     for line in done.history[1:]:
