@@ -140,7 +140,7 @@ def _saved(
     except ConfigError:
         return 0
     after = phases(other, programs)[name]
-    kept, temporary = after.total, phase.parts["temporary"]
+    kept, temporary = after.total, phase.parts.get("temporary", 0)
     if name == "update":
         kept -= int(temporary * (1 - _tokens(other) / _tokens(case)))
     return max(phase.total - kept, 0)
