@@ -78,9 +78,9 @@ def test_what_may_change_is_all_that_may_change(run):
         folder.saved.write_text(
             f"{DUMPED}\n{json.dumps(changed(values, key, other))}"
         )  # it is YAML
-        if key == "task.date" or any(
-            key == k or key.startswith(f"{k}.") for k in MAY_CHANGE
-        ):  # none is asked for: the run's own is taken
+        # No date is asked for: the run's own is taken.
+        free = key == "task.date" or any(key == k or key.startswith(f"{k}.") for k in MAY_CHANGE)
+        if free:
             folder.check_writable()
         else:
             refusal = re.escape(f"another config's run ({key}: {other!r} there, ")
