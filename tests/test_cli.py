@@ -128,7 +128,9 @@ def test_a_dry_run_prints_shapes_and_memory_and_does_nothing(jaxreset, model, tm
         "update bins lanes 1 4 41 24 137 tokens",
     ):
         assert re.search(r"\W+".join(row.split()), shown), row
-    assert re.search(r"parameters +\d+\.\d KiB", shown)
+    parameters = sum(x.size for x in jax.tree.leaves(load_policy(model).params))
+    assert re.search(rf"parameters +{parameters:,} \(float32\)", shown)
+    assert re.search(r"most at once +\d+\.\d MiB of \d+\.\d GiB, while \w+: .* left", shown)
     assert "100,000 to train on, 4 held out, 0 dropped" in shown
 
 
@@ -314,14 +316,12 @@ def test_half_a_file_is_not_left_on_a_full_disk(tmp_path, monkeypatch):
     config = load_config(QUICKSTART, [f"run.dir={tmp_path}"])
     folder = RunFolder(config)
     folder.claim()
-    write = Path.write_text
 
-    def half(path, text, **options):
-        write(path, text[: len(text) // 2], **options)
+    def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", half)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match="No space"):
         folder.claim()
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
     assert load_config(tmp_path / "config.yaml", []) == config

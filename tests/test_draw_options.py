@@ -52,7 +52,7 @@ def test_evaluation_draws_as_configured_and_greedily(given):
         sampler=Evaluated(rounds),
         task=TASK,
         decode=decode,
-        collector=SimpleNamespace(interrupt=lambda: None),
+        collector=SimpleNamespace(interrupt=lambda: None, keep_errors=lambda errors: None),
         test_prompts=lambda: prompts(0, 1, 2),
     )
     record = evaluations(experiment, SimpleNamespace(version=0), 4)

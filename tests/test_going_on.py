@@ -243,7 +243,7 @@ def test_a_full_disk_is_named_and_spoils_nothing(run, full_disk, name, write):
     folder.log({"step": 0})
     before = folder.saved.read_text()
     full_disk()
-    full = re.escape(f"{run}/{name} can't be written: No space left on device. Make room there")
+    full = re.escape(f"can't be written to {run}/{name}: No space left on device")
     with pytest.raises(RunError, match=full):
         write(folder)
     assert folder.saved.read_text() == before

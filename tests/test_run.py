@@ -116,7 +116,10 @@ def test_a_run_writes_its_folder(unstopped):
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert saved["loss"]["aggregation"] == "sequence"  # resolved
     assert saved["train"]["min_signal_groups"] == 16
-    assert load_config(folder / "config.yaml") == tiny(folder)
+    started = load_config(folder / "config.yaml")
+    assert saved["task"]["date"] == started.task.date.isoformat()  # the day of its start
+    task = started.task.model_copy(update={"date": None})
+    assert started.model_copy(update={"task": task}) == tiny(folder)
     assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == ["2", "4"]
     assert unstopped.curve.read_bytes().startswith(b"\x89PNG")
     assert unstopped.curve.parent == folder

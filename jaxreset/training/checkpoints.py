@@ -85,8 +85,6 @@ class Checkpoints:
     ) -> None:
         """Takes a copy off the devices and writes it in the background, unless this step was last.
 
-        On a CPU it is written at once.
-
         Args:
           state: may be donated as soon as this returns.
           progress: its `step` names the checkpoint.
@@ -110,8 +108,6 @@ class Checkpoints:
         except Exception as error:  # Orbax's, of any kind
             raise self._failed(progress.step, error) from error
         self._saving, self._last = (progress.step, saving), progress.step
-        if jax.default_backend() == "cpu":
-            self.wait()  # the copy lies in the memory that the next step wants
 
     def wait(self) -> None:
         """Returns when what is being written is complete.

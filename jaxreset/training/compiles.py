@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,11 +31,18 @@ def compiles() -> int:
     return _count
 
 
-def trim() -> None:
-    """Gives back to the system what compilers have freed: on Linux, the C library keeps it."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+def trim(least: int = 0) -> None:
+    """Gives back to the system what was freed, where the process holds `least` bytes.
+
+    Linux's C library keeps it, and what one phase has freed is of no use to the next one's larger arrays.
+    """
+    resident = Path("/proc/self/statm")
+    if not resident.is_file():
+        return
+    pages = int(resident.read_text().split()[1])
+    if pages * os.sysconf("SC_PAGE_SIZE") >= least:
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextmanager

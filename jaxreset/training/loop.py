@@ -42,6 +42,8 @@ from jaxreset.training.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
 
+LARGE_PROCESS = 2 * 2**30  # bytes, from which memory goes back to the system between phases
+
 
 class Result(NamedTuple):
     """What a run leaves behind."""
@@ -90,9 +92,14 @@ def _train(config: Config, folder: RunFolder, preemption: Preemption, display: D
             if (doubt := check_room(here(config))) is not None:
                 logger.warning(doubt)
             experiment = make_experiment(config)
+
+        def between_rounds() -> None:
+            preemption.check()
+            trim(LARGE_PROCESS)
+
         experiment.collector = replace(
             experiment.collector,
-            interrupt=preemption.check,
+            interrupt=between_rounds,
             keep_errors=folder.save_verifier_errors,
         )
         display.changed(folder.claim())
@@ -215,6 +222,8 @@ def _loop(
             alarms.note(late)
         while learner.progress.step < config.train.steps:
             experiment.collector.interrupt()
+            if jax.default_backend() == "cpu":
+                checkpoints.wait()  # what is being written lies in the memory that a step wants
             step = learner.progress.step + 1
             with _traced(step in config.run.profile_steps, folder.path / "profile"):
                 record, trees = _step(experiment, learner, folder, step)
@@ -287,6 +296,7 @@ def _step(
         cut_penalty=config.loss.overlong_penalty,
         mask_cut=config.loss.overlong == "mask",
     )
+    trim(LARGE_PROCESS)
     metrics = learner.learn(collected.groups, len(prompts))
     learner.progress = learner.progress._replace(
         step=step, data_position=experiment.stream.position
