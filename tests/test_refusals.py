@@ -21,6 +21,7 @@ from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import load_policy
 from jaxreset.tasks.chain import TOKENIZER
 from jaxreset.training.compiles import compiles
+from jaxreset.training.footprint import here
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PROBLEM = {"question": "What is ten and ten and ten?", "answer": "10+10+10=30\n#### 30"}
@@ -66,8 +67,10 @@ def materials(tmp_path_factory):
     random_policy(sizes, word_tokenizer(60)).export(folder / "words")
     sums = dataclasses.replace(sizes, qkv_bias=False, qk_norm=True)
     random_policy(sums, AutoTokenizer.from_pretrained(TOKENIZER)).export(folder / "sums")
-    for name in ("model", "sums"):  # placing parameters compiles one-line programs: here, not below
+    # Placing parameters and counting an optimizer's state compile one-line programs: here, not below.
+    for name in ("model", "sums"):
         load_policy(folder / name)
+    here(load_config(CONFIGS / "quickstart.yaml"))
 
     (folder / "taken" / "checkpoints" / "0").mkdir(parents=True)
     quickstart = load_config(CONFIGS / "quickstart.yaml", ["seed=5"])
