@@ -229,12 +229,12 @@ class LaneCache:
             self._taken = None
             return self._prefix
         into = None
-        if self._taken is not None:
-            before, store = self._taken
-            if (before.shape.groups, before.shape.prefix) == (batch.shape.groups, width):
-                if before.groups.tolist() == batch.groups.tolist():
-                    return store
-                into = store
+        if self._taken is not None and self._taken[1][0].keys.shape[-1] == width:
+            before, into = self._taken
+            if before.shape.groups != batch.shape.groups:
+                into = None
+            elif before.groups.tolist() == batch.groups.tolist():
+                return into
         self._taken = None  # of another size: it need not stay while this one is made
         store = self._moves.take(self._prefix, batch.groups, into, width)
         self._taken = batch, store

@@ -120,10 +120,7 @@ class RoundMemory:
         # The places that they came from and go back to, or narrower ones and pages of their own width.
         narrower = max((x.window for x in self.lanes(part) if x.window < at.window), default=0)
         paged = self._page_slots(at.groups * at.rows, at.window)
-        taken = at.groups * at.prefix
-        if self.holds(shape):
-            return max(n * k * s, n * k * narrower + paged) + taken
-        return max(n * k * s, taken + paged)  # the places only until all have left them
+        return max(n * k * s, n * k * narrower + paged) + at.groups * at.prefix
 
     def _beside_pages(self, shape: Shape, at: LaneShape) -> int:
         """Slots beside lanes and prefixes where more rows wait than have a lane."""
