@@ -92,10 +92,14 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
         axes = next((PARAM_AXES[name] for name in reversed(names) if name in PARAM_AXES), ())
         if "lora" in names:  # A lies as the matrix's inputs, B as its outputs; the rank is whole
             axes = (None, axes[1], None) if "a" in names else (None, None, *axes[2 - leaf.ndim :])
-        fitting = (
+        fitting = [
             axis if axis and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(axes, leaf.shape, strict=False)
-        )
+        ]
+        while (
+            fitting and fitting[-1] is None
+        ):  # as XLA names it, whose results are known again then
+            fitting.pop()
         return NamedSharding(mesh, PartitionSpec(*fitting))
 
     return jax.tree_util.tree_map_with_path(place, params)

@@ -91,13 +91,17 @@ class RoundMemory:
 
     def held_bytes(self, shape: Shape) -> int:
         """Bytes on a device of a round that is held."""
-        part = self.part(shape)
-        slots = part.groups * (part.prefix + part.rows * part.suffix)
-        return self._streams_drawing(shape) * self._bytes(slots)
+        n, k, p, s = part = self.part(shape)
+        lanes = self.lanes(part)[0]
+        own = n * k * s
+        if lanes[:2] != (n, k):  # on pages, one of which is the last lanes
+            own = self._page_slots(n * k, s) + lanes.groups * lanes.rows * s
+        return self._streams_drawing(shape) * self._bytes(n * p + own)
 
     def prefix_bytes(self, shape: Shape) -> int:
         """Bytes on a device of a round's prefixes."""
-        return self.held_bytes(shape._replace(suffix=0))
+        part = self.part(shape)
+        return self._streams_drawing(shape) * self._bytes(part.groups * part.prefix)
 
     def drawing_bytes(self, shape: Shape) -> int:
         """Bytes on a device at the worst moment of drawing a round, which may be held then."""

@@ -21,13 +21,14 @@ from jaxreset.errors import RunError
 from jaxreset.json_text import dumps, loads
 from jaxreset.models.precision import widened
 from jaxreset.parallel.processes import fetch, gather, is_leader, wait_for_all
-from jaxreset.training.checksums import checksums
-from jaxreset.training.update import TrainState
+from jaxreset.training.checksums import checksum
+from jaxreset.training.update import TrainState, filled
 
 logger = logging.getLogger(__name__)
 
 ACCURACY = "eval/accuracy"  # what the best checkpoints are kept by
 PARAMS = {"step": 0}  # stands where a checkpoint has its progress
+WRITTEN_AT_ONCE = 2**27  # bytes; more are not compressed before others are on the disk
 
 
 class Progress(NamedTuple):
@@ -96,7 +97,7 @@ class Checkpoints:
         self.wait()
         if progress.step == self._last:
             return
-        accuracy = (metrics or {}).get(ACCURACY)
+        state, accuracy = filled(state), (metrics or {}).get(ACCURACY)
         self._needed = sum(map(_bytes, jax.tree.leaves(state)))
         try:
             saving = self._opened().save_checkpointables_async(
@@ -187,6 +188,7 @@ class Checkpoints:
             self._set_aside(list(unreadable))
             self._checkpointer = ocp.training.Checkpointer(
                 self.path,
+                context=_context(),
                 preservation_policy=_kept(self._config),
                 cleanup_tmp_directories=True,
             )
@@ -216,6 +218,13 @@ class Checkpoints:
             f"the checkpoint of step {step} can't be written to {self.path}: {_reason(error)} ({known}). "
             "Make room there, and start the same command again"
         )
+
+
+def _context() -> ocp.Context:
+    """Orbax's settings for writing: by default all arrays are held in memory once more, compressed."""
+    context = ocp.Context()
+    context.memory.write_concurrent_bytes = WRITTEN_AT_ONCE
+    return context
 
 
 def _kept(config: Checkpoint) -> Any:
@@ -277,7 +286,12 @@ def _with_sums(state: Any, record: dict[str, Any]) -> dict[str, Any]:
 
 def _sums(state: dict[str, Any], record: dict[str, Any]) -> np.ndarray:
     """Checksums of the arrays in their names' order, and of the record: uint32 `[arrays + 1]`."""
-    return np.append(fetch(checksums(state)), _sum_of(record))
+    return np.append([_sum(state[name]) for name in sorted(state)], _sum_of(record))
+
+
+def _sum(array: jax.Array) -> np.uint32:
+    """One at a time: those of one shape share a program, and a CPU holds the scrambled bits of an array."""
+    return np.uint32(fetch(checksum(array)))
 
 
 def _sum_of(record: dict[str, Any]) -> np.uint32:
@@ -358,8 +372,7 @@ def _differing(loaded: dict[str, Any], names: Sequence[str]) -> str | None:
     """What isn't as it was saved; `names`: of all arrays that were."""
     state, record = loaded["state"], loaded["progress"]
     saved = dict(zip([*names, "progress"], np.asarray(loaded["checksums"]), strict=True))
-    # One by one: arrays of one shape share a program.
-    found = {name: fetch(checksums([state[name]]))[0] for name in sorted(state)}
+    found = {name: _sum(state[name]) for name in sorted(state)}
     found["progress"] = _sum_of(record)
     differ = [name for name, value in found.items() if value != saved[name]]
     return f"other bits than were saved: {', '.join(differ[:3])}" if differ else None
@@ -377,7 +390,8 @@ def save_params(path: Path, params: Any) -> None:
       RunError: they can't be written.
     """
     try:
-        ocp.save_checkpointables(path, _with_sums(params, PARAMS), overwrite=True)
+        with _context():
+            ocp.save_checkpointables(path, _with_sums(params, PARAMS), overwrite=True)
     except Exception as error:  # Orbax's, of any kind
         needed = sum(map(_bytes, jax.tree.leaves(params)))
         raise RunError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -11,17 +9,13 @@ Array = jax.Array
 
 
 @jax.jit
-def checksums(tree: Any) -> Array:
-    """Checksums of a tree's arrays, uint32 `[leaves]`, of all their bits and where these stand.
+def checksum(x: Array) -> Array:
+    """Checksum of an array, a uint32, of all its bits and where these stand.
 
     A change of one word always changes the sum; any other, values that changed places among them, but
     for a chance of 2**-32. Each word is scrambled with its position, and the sum wraps around, so it is
     the same in any order and over any number of devices.
     """
-    return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def _checksum(x: Array) -> Array:
     words = _words(x)
     position = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):

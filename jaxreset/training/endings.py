@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxreset.config import Config
 from jaxreset.errors import PreemptedError, RunError
@@ -55,17 +53,9 @@ def save_finished(checkpoints: Checkpoints, state: TrainState, progress: Progres
     if jax.process_count() > 1:
         return  # the others may be elsewhere, and saving is done by all
     if progress.normalizer == 0:  # the sum that an update overwrites first was of nothing
-        zeros = [jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in _leaves(state.gradients)]
-        state = state._replace(
-            gradients=jax.tree.unflatten(jax.tree.structure(state.gradients), zeros)
-        )
-    if not any(x.is_deleted() for x in _leaves(state)):
+        state = state._replace(gradients=None)
+    if not any(x.is_deleted() for x in jax.tree.leaves(state)):
         checkpoints.save(state, progress)
-
-
-def _leaves(tree: Any) -> list[jax.Array]:
-    leaves: list[jax.Array] = jax.tree.leaves(tree)
-    return leaves
 
 
 def _smaller(config: Config) -> str:

@@ -32,12 +32,14 @@ from jaxreset.tasks.chain import TOKENIZER
 from jaxreset.tasks.pipeline import make_task
 from jaxreset.training import ahead, caches
 from jaxreset.training.ahead import Call, Subject, device_bytes_of
+from jaxreset.training.checkpoints import WRITTEN_AT_ONCE
 from jaxreset.training.setup import Plan, choose_mesh, fresh_sizes, make_plan
 
 Say = Callable[[str], None]
 
 # Of a process on a CPU: Python with its libraries, and for each layer a decoding program and all others.
 PROCESS, DECODE_LAYER, OTHER_LAYER = 800 * 10**6, 2_200_000, 20_000_000
+BEING_WRITTEN = 3 * WRITTEN_AT_ONCE  # with what it is compressed to
 MOST_OVER = 1.25  # times the memory that there is; what is added up may be wrong by 15%
 REMEDIES = {
     "compiling": ("model.lora.rank",),
@@ -197,7 +199,6 @@ def resident(subject: Subject) -> dict[str, int]:
         "trained parameters": trained,
         "frozen parameters": device_bytes_of(subject.frozen),
         "optimizer": device_bytes_of(state.opt_state),
-        "gradients": device_bytes_of(state.gradients),
     }
     if subject.config.loss.kl:
         parts["reference parameters"] = trained
@@ -236,22 +237,24 @@ def phases(case: Case, programs: Sequence[Program]) -> dict[str, Phase]:
     keeps, needs = resident(subject), {p.name: p.temporary for p in programs}
     if subject.on_cpu:  # what runs lies in the same memory
         keeps |= {"process": PROCESS, "compiled programs": _programs_bytes(case)}
+    gradients = {"gradients": device_bytes_of(subject.state.gradients)}
+    microbatch = {"microbatch": device_bytes_of(ahead.microbatch(subject, case.pack))}
+    updating = keeps | gradients
     held = {
-        "compiling": keeps,  # from shapes
-        "sampling": keeps
+        "compiling": updating | microbatch,  # all else from shapes
+        "sampling": (updating if case.config.train.min_signal_groups else keeps)
         | {
             "decoding copy": device_bytes_of(subject.decoding) if subject.copies else 0,
             "caches": caches.most_bytes(case.memory, case.config, case.plan),
             "temporary": max(needs.get(name, 0) for name in ("prefill", "decode", "fork")),
         },
-        "update": keeps
-        | {
-            "microbatch": device_bytes_of(ahead.microbatch(subject, case.pack)),
-            "temporary": max(needs.get(name, 0) for name in ("accumulate", "apply")),
-        },
+        "update": updating
+        | microbatch
+        | {"temporary": max(needs.get(name, 0) for name in ("accumulate", "apply"))},
     }
     if subject.on_cpu:
-        held["saving"] = keeps | {"copy on its way": device_bytes_of(subject.state)}
+        most = min(BEING_WRITTEN, device_bytes_of(subject.state))
+        held["saving"] = updating | {"being written": most}
     return {name: Phase(parts, sum(parts.values()) - memory) for name, parts in held.items()}
 
 

@@ -24,6 +24,7 @@ from jaxreset.training.update import (
     accumulate,
     apply,
     committed,
+    filled,
     init_state,
     layout_of,
     learning_rate,
@@ -143,6 +144,7 @@ class Learner:
 
     def compile(self) -> None:
         """Compiles the update in all its shapes, without running it."""
+        self.state = filled(self.state)
         params, gradients = self.state.params, self.state.gradients
         for shape in self.shapes:
             plain = self._put(empty_batch(shape))
@@ -162,6 +164,7 @@ class Learner:
         static = {"optimizer": self.optimizer, "layout": self._layout}
         apply.lower(self.state, np.float32(1), np.int32(0), **static).compile()
         learning_rate.lower(np.int32(0), np.int32(0), **self._schedule).compile()
+        self._rest()
 
     def learn(self, groups: Sequence[Group], prompts: int) -> dict[str, float]:
         """One training step: an optimizer step for each minibatch, unless it waits for signal; see `turns`.
@@ -174,6 +177,7 @@ class Learner:
           Metrics `loss`, `grad_norm`, `logp_gap`, `policy/entropy`, `groups/*`, `update/*`,
           `optimizer_steps`, `learning_rate` (of the last update, or of one that would come now).
         """
+        self.state = filled(self.state)
         metrics = self._measure(groups)
         size = self.config.minibatch_prompts
         minibatches = [
@@ -199,6 +203,7 @@ class Learner:
             norms.append(self._apply(place[1]))
             steps += bool(np.isfinite(norms[-1]))
             skipped += not np.isfinite(norms[-1])
+        self._rest()
         signal = sum(g.has_signal for g in groups)
         batches = [batch for minibatch in minibatches for batch in minibatch.batches]
         tokens, slots = sum(b.tokens for b in batches), sum(b.slots for b in batches)
@@ -216,6 +221,11 @@ class Learner:
             "update/tokens_saved": float(saved),
             "update/padding_share": 1 - tokens / slots if slots else 0.0,
         }
+
+    def _rest(self) -> None:
+        """Lets go of gradients that are zeros until the next step has some."""
+        if self.progress.normalizer == 0:
+            self.state = self.state._replace(gradients=None)
 
     def _prepare(self, groups: Sequence[Group]) -> Minibatch:
         """The groups that have a gradient, packed; the others only count in the denominator."""

@@ -167,7 +167,7 @@ def _prepare(
         folder.cut_back(learner.progress.step)
         experiment.stream.position = learner.progress.data_position
     else:
-        checkpoints.save(learner.state, learner.progress)
+        _save(checkpoints, learner)
         folder.cut_back(-1)
     wait_for_all("the metrics are cut back")
     display.phase("compiling", None)
@@ -222,8 +222,6 @@ def _loop(
             alarms.note(late)
         while learner.progress.step < config.train.steps:
             experiment.collector.interrupt()
-            if jax.default_backend() == "cpu":
-                checkpoints.wait()  # what is being written lies in the memory that a step wants
             step = learner.progress.step + 1
             with _traced(step in config.run.profile_steps, folder.path / "profile"):
                 record, trees = _step(experiment, learner, folder, step)
@@ -238,7 +236,7 @@ def _loop(
                 display.step(record)
             alarms.note(record, trees)
             if _saved(config, step):
-                checkpoints.save(learner.state, learner.progress, record)
+                _save(checkpoints, learner, record)
     except PreemptedError:
         checkpoints.save(learner.state, learner.progress)
         raise
@@ -272,6 +270,14 @@ def _evaluated(config: Config, step: int) -> bool:
     """Whether the step ends with an evaluation; step 0 is the start."""
     every = config.eval.every_steps
     return step in (0, config.train.steps) or (every is not None and step % every == 0)
+
+
+def _save(checkpoints: Checkpoints, learner: Learner, record: dict[str, Any] | None = None) -> None:
+    """Saves the last finished step; on a CPU, what is being written lies in the memory that a step wants."""
+    trim(LARGE_PROCESS)
+    checkpoints.save(learner.state, learner.progress, record)
+    if jax.default_backend() == "cpu":
+        checkpoints.wait()
 
 
 def _saved(config: Config, step: int) -> bool:

@@ -37,11 +37,14 @@ Layout = tuple[jax.sharding.Sharding, ...] | None
 
 
 class TrainState(NamedTuple):
-    """What an update overwrites: trained parameters, optimizer state, and gradients summed so far."""
+    """What an update overwrites: trained parameters, optimizer state, and gradients summed so far.
+
+    Gradients of nothing need no room while a step samples: None stands for zeros; see `filled`.
+    """
 
     params: nnx.State
     opt_state: optax.OptState
-    gradients: nnx.State
+    gradients: nnx.State | None
 
 
 @dataclass(frozen=True)
@@ -151,10 +154,19 @@ def init_state(params: nnx.State, optimizer: optax.GradientTransformation) -> Tr
     shardings = jax.tree.map(_sharding, abstract_state(params, optimizer))
     params = widened(params)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like), out_shardings=shardings.gradients)(
-        params
-    )
-    return TrainState(committed(params), opt_state, zeros)
+    return filled(TrainState(committed(params), opt_state, None))
+
+
+def filled(state: TrainState) -> TrainState:
+    """The state with gradients, which are zeros where it has none."""
+    if state.gradients is not None:
+        return state
+    return state._replace(gradients=_zeros(state.params, layout=layout_of(state.params)))
+
+
+@partial(jax.jit, static_argnames="layout", keep_unused=True)  # they say where zeros lie
+def _zeros(params: nnx.State, *, layout: Layout) -> nnx.State:
+    return _laid_out(jax.tree.map(jnp.zeros_like, params), layout)
 
 
 def abstract_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
@@ -363,7 +375,7 @@ def apply(
     """One optimizer step with `gradients / normalizer`, which start from 0 again.
 
     Args:
-      state: donated.
+      state: `filled`; donated.
       normalizer: scalar float32: rollouts or tokens behind the gradients.
       position: scalar int32: how far the training is, see `learning_rate`.
       optimizer: static.
