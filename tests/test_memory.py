@@ -15,7 +15,7 @@ from jaxreset.config_file import load_config
 from jaxreset.sampling import programs, schedule
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask
-from jaxreset.training import footprint, learner, loop
+from jaxreset.training import footprint, learner
 from jaxreset.training.loop import train
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"

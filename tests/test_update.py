@@ -34,7 +34,7 @@ from jaxreset.parallel import make_mesh, param_shardings, rows_sharding
 from jaxreset.sampling import Stream
 from jaxreset.training.compiles import compiles
 from jaxreset.training.learner import Learner
-from jaxreset.training.update import LossForm, filled, accumulate, make_optimizer, measure
+from jaxreset.training.update import LossForm, accumulate, filled, make_optimizer, measure
 
 VOCAB, ROWS, PREFIX, SUFFIX = 28, 4, 9, 6
 SMALL, LARGE = PackShape(4, ROWS, PREFIX, SUFFIX), PackShape(8, ROWS, PREFIX, SUFFIX)
