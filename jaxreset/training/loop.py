@@ -273,7 +273,7 @@ def _evaluated(config: Config, step: int) -> bool:
 
 
 def _save(checkpoints: Checkpoints, learner: Learner, record: dict[str, Any] | None = None) -> None:
-    """Saves the last finished step. What a CPU is writing lies in the memory that a step wants: it waits."""
+    """Saves the last finished step. What a CPU writes lies in the memory that a step wants: it waits."""
     trim(LARGE_PROCESS)
     checkpoints.save(learner.state, learner.progress, record)
     if jax.default_backend() == "cpu":
