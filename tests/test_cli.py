@@ -39,6 +39,8 @@ from jaxreset.training.run_folder import RunFolder
 from jaxreset.training.setup import make_experiment
 from jaxreset.training.update import init_state, make_optimizer
 
+pytestmark = pytest.mark.slow
+
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 TINY = """
     reset.localizer.max_tokens=5 reset.localizer.max_question_tokens=112

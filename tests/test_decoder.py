@@ -76,6 +76,7 @@ def random_groups(shape, seed):
     return prefix, lengths, rows, valid, sequences.reshape(n * k, p + s)
 
 
+@pytest.mark.slow
 @given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_a_shared_prefix_gives_the_hidden_states_of_plain_sequences(shape, seed):
@@ -88,6 +89,7 @@ def test_a_shared_prefix_gives_the_hidden_states_of_plain_sequences(shape, seed)
         np.testing.assert_allclose(shared[valid], plain[valid], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 10**6), stacked=st.booleans())
 @settings(max_examples=10, deadline=None, derandomize=True)
 def test_decoding_with_a_cache_gives_the_hidden_states_of_the_update(shape, seed, stacked):
@@ -125,6 +127,7 @@ def test_decoding_with_a_cache_gives_the_hidden_states_of_the_update(shape, seed
             np.testing.assert_allclose(hidden, expected[at], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "remats"), [(SHAPES[0], (False, True)), (SHAPES[2], (False,))])
 def test_gradient_through_a_shared_prefix_equals_the_unshared_one(shape, remats):
     with jax.enable_x64(True):
@@ -152,6 +155,7 @@ def test_gradient_through_a_shared_prefix_equals_the_unshared_one(shape, remats)
                 np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-9 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("alone", "recompute"), [(True, False), (False, False), (False, True)], ids=str
 )

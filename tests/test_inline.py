@@ -43,6 +43,7 @@ def make_sampler(automaton):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("hold_cache", ["always", "never"])
 def test_a_question_behind_a_snapshot_equals_one_prompt(
@@ -88,6 +89,7 @@ def test_questions_that_cannot_be_asked_are_refused(
         make_sampler().resume(policy32, snapshots, questions=questions, rows=2, stream=Stream(0))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("batch", [1, 3, 4])
 def test_the_inline_localizer_asks_behind_each_attempt(policy64, sampler, automaton, batch):

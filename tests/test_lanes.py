@@ -11,7 +11,7 @@ from test_sampling import assert_rounds_equal, random_prompts, random_snapshots
 from test_schedule import CPU
 
 from jaxreset.models.decoder import KV
-from jaxreset.sampling import Sampler, Shape, StopRules, Stream, programs
+from jaxreset.sampling import Sampler, Shape, StopRules, Stream, programs, schedule
 from jaxreset.sampling.lanes import LaneCache, page_rows
 from jaxreset.sampling.schedule import lane_shapes, next_batch
 from jaxreset.sampling.streams import deal, run_side_by_side
@@ -46,6 +46,14 @@ def test_streams_compute_with_the_settings_of_their_caller():
     assert run_side_by_side([seen] * 3) == [(False, None)] * 3
 
 
+@pytest.fixture(scope="module", autouse=True)
+def narrow_windows():
+    """Responses of 100 tokens take several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "MIN_WINDOW", 32)
+        yield
+
+
 @pytest.fixture(scope="module")
 def make_sampler(automaton):
     base, child = Shape(5, 4, 12, 24), Shape(11, 4, 36, 24)
@@ -74,6 +82,7 @@ def three_rounds(sampler, policy, seed):
     return rounds
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize(
     "options",
@@ -90,6 +99,7 @@ def test_streams_draw_what_one_draws(policy64, make_sampler, options):
             assert len(theirs.held) == (0 if "hold_cache" in options else options["streams"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 def test_no_more_rows_decode_at_once_than_slots_allow(policy32, make_sampler):
     prompts = random_prompts(5)
@@ -110,6 +120,7 @@ def test_samplers_share_the_layout_of_a_policy(policy32, make_sampler):
     assert len(programs._LAYOUTS) == count - 1  # the copy goes with the policy
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 def test_the_layout_of_accelerators_draws_the_same(policy64, make_sampler):
     """There all layers are in one stack, and one loop runs over them."""
@@ -211,6 +222,7 @@ def test_every_row_is_found_on_its_page(data):
         assert kept <= spare + 2 * np.maximum(wanted, 32).sum()
 
 
+@pytest.mark.slow
 def test_only_rounds_that_a_fork_goes_back_to_are_held(policy32, make_sampler):
     sampler = make_sampler()
     base = sampler.sample(policy32, random_prompts(5), rows=4, stream=Stream(0))

@@ -87,6 +87,7 @@ def test_a_group_counts_once_in_each_update_and_repeats_end_with_the_step(
         assert len(found) == epochs * len(signals)
 
 
+@pytest.mark.slow
 def test_a_second_epoch_does_not_open_the_gate_with_the_same_groups(policy64):
     groups = random_groups(4, silent=(1, 2))
     learner = new_learner(policy64, epochs=2, min_signal_groups=4)

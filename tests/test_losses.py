@@ -55,6 +55,7 @@ def test_rrpo_is_srpo_on_the_same_groups():
     assert losses.rrpo_loss(*args)[0] == losses.srpo_loss(*args)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregation", ["sequence", "token", "constant"])
 @pytest.mark.parametrize("clip", [None, 0.2, (0.1, 0.3)])
 @settings(max_examples=8, deadline=None, derandomize=True)

@@ -25,6 +25,8 @@ from jaxreset.sampling.programs import Programs
 from jaxreset.training.compiles import compiles
 from jaxreset.training.update import LossForm, accumulate
 
+pytestmark = pytest.mark.slow
+
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
 ROOM = Shape(8, 4, 12, 24), Shape(16, 2, 36, 24)
 DRAW = {"stream": Stream(40), "temperature": 0.8, "top_p": 0.9}

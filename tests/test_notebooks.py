@@ -12,6 +12,8 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 MARK = "found: "
 
@@ -51,7 +53,6 @@ def test_stored_without_outputs(name: str) -> None:
     assert not kept, f"clear the outputs of {name}: cells {kept}"
 
 
-@pytest.mark.slow
 def test_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
     found = run(
         "01_quickstart.ipynb",

@@ -371,6 +371,7 @@ def run_plan(*arguments):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_a_small_plan_fits_and_is_one_json_object(hasty):
     shown = json.loads(run_plan("--topology", "cpu:2", "--json", *SMALL.split(), "mesh.tensor=2"))
     assert shown["fits"] is True
@@ -458,6 +459,7 @@ def test_a_decoding_step_on_a_tpu_gathers_neither_weights_nor_caches():
         assert sent.bytes < min(weight, cache) / 2, sent
 
 
+@pytest.mark.slow
 def test_an_update_on_a_tpu_keeps_a_part_of_each_layers_input():
     case = tpu_case()
     program = ahead.accumulate_microbatch(case.subject, case.pack).lower().compile()

@@ -67,6 +67,7 @@ def test_a_folder_is_written_in_the_dtype_of_the_model(half, tmp_path):
         assert {stored.get_slice(name).get_dtype() for name in stored.keys()} == {"BF16"}  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_gradients_of_rounded_parameters_are_wide(half):
     def loss(params: nnx.State) -> jax.Array:
         return half.with_params(params, 8).logits(np.arange(6)[None]).sum()

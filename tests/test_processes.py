@@ -22,6 +22,8 @@ from jaxreset.parallel import fetch, gather, own_share, processes, put, rows_sha
 from jaxreset.parallel.mesh import make_mesh
 from jaxreset.parallel.processes import start
 
+pytestmark = pytest.mark.slow
+
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 # Nothing has been learnt, so the reward is scripted: a response is right where its text has an even
 # length. A process with LEAVES_AT in its environment gets SIGTERM in the nth round that it scores.
@@ -103,7 +105,6 @@ def pair_of(folder, port, *, leaves_at=0):
     ]
 
 
-@pytest.mark.slow
 def test_two_processes_do_what_one_does_and_end_together(tmp_path):
     """They are preempted after a step (two evaluations, two rounds, and one of the next step), start
     again, and are killed after some more."""

@@ -30,6 +30,8 @@ from jaxreset.training.dry_run import describe
 from jaxreset.training.finished import export_run
 from jaxreset.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = REPOSITORY / "configs" / "gsm8k.yaml"
 GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k" / "train.jsonl"

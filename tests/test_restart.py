@@ -22,6 +22,8 @@ from jaxreset.training.compiles import kept_programs
 from jaxreset.training.preemption import noticing_preemption
 from jaxreset.training.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 QUICKSTART, BENCHMARKS = ROOT / "configs" / "quickstart.yaml", ROOT / "benchmarks"
 

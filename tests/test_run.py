@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ from jaxreset.models.adapters import trained
 from jaxreset.models.policy import load_policy
 from jaxreset.reporting.curve import draw_curve
 from jaxreset.reporting.report import write_report
-from jaxreset.sampling import Sampler
+from jaxreset.sampling import Sampler, programs, schedule
 from jaxreset.tasks import pipeline
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask
@@ -44,6 +45,8 @@ from jaxreset.training.run_folder import RunFolder
 from jaxreset.training.run_lock import locked
 from jaxreset.training.setup import make_experiment
 from jaxreset.training.update import TrainState, init_state, make_optimizer
+
+pytestmark = pytest.mark.slow
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 TINY = """
@@ -670,6 +673,22 @@ def test_nothing_compiles_after_the_first_step(overrides, tmp_path):
 
 def test_nothing_compiles_after_the_first_step_of_srpo(unstopped):
     check_shapes_and_logps(unstopped.history)
+
+
+def test_nothing_compiles_later_where_rows_change_lanes(tmp_path, monkeypatch):
+    """Responses of several windows: lanes are widened, become fewer, and go by pages."""
+    for name, least in {"MIN_WINDOW": 8, "MIN_LANES": 8}.items():
+        monkeypatch.setattr(schedule, name, least)
+    ran, run = Counter(), programs.run
+
+    def counted(function, *args, **static):
+        ran[function.__name__] += 1
+        return run(function, *args, **static)
+
+    monkeypatch.setattr(programs, "run", counted)
+    config = tiny(tmp_path, "train.steps=2", "train.min_signal_groups=0")
+    check_shapes_and_logps(train(config).history)
+    assert ran.keys() >= {"widen", "save", "load", "take", "fork"}
 
 
 def check_shapes_and_logps(history):

@@ -92,6 +92,7 @@ def assert_rows_equal(policy, resumed, fresh):
 # Resets
 
 
+@pytest.mark.slow
 def test_greedy_resume_equals_a_fresh_prompt_at_200_cuts_of_two_generations(policy, sampler):
     base = sampler.sample(policy, random_prompts(), rows=4, stream=Stream(1))
     snapshots, seen = random_snapshots(base, CUTS, seed=2), Counter()

@@ -139,6 +139,7 @@ def make_sampler(automaton):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize(
     ("dtype", "slots"), [("float64", None), ("float64", 8), ("float32", 8)], ids=str
@@ -226,6 +227,7 @@ def small_round(prefix, size, rows):
     return lowered.compile().memory_analysis()
 
 
+@pytest.mark.slow
 def test_memory_grows_as_one_prefix_and_the_suffixes():
     """P + 8 * S slots, not 8 * (P + S), of what the compiled program takes and makes."""
 
@@ -248,6 +250,7 @@ def test_memory_grows_as_one_prefix_and_the_suffixes():
     assert unshared >= 8
 
 
+@pytest.mark.slow
 def test_no_weights_are_gathered_inside_the_decoding_loop(policy32, automaton):
     """On a mesh with fsdp, a step exchanges activations, never parameters or caches."""
     mesh = make_mesh(2, 2, 2)

@@ -21,6 +21,8 @@ from jaxreset.models.lora import LoRA
 from jaxreset.parallel import AXES, data_shards, param_shardings, rows_sharding
 from jaxreset.training.update import LossForm, accumulate, layout_of
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("libtpu", reason="the compiler of TPU programs, part of jax[tpu]")
 
 GIB = 2**30
@@ -64,7 +66,6 @@ def shapes_in(program, *, size):
     return {shape for shape in shapes if size in shape}
 
 
-@pytest.mark.slow
 def test_the_update_of_14b_parameters_holds_no_logits_of_all_tokens(monkeypatch):
     mesh = slice_mesh(monkeypatch, "v5e:4x4", (2, 2, 4))
     graph, params = nnx.split(nnx.eval_shape(lambda: Decoder(QWEN_14B, rngs=nnx.Rngs(0))))

@@ -36,6 +36,8 @@ from jaxreset.training.compiles import compiles
 from jaxreset.training.learner import Learner
 from jaxreset.training.update import LossForm, accumulate, filled, make_optimizer, measure
 
+pytestmark = pytest.mark.slow
+
 VOCAB, ROWS, PREFIX, SUFFIX = 28, 4, 9, 6
 SMALL, LARGE = PackShape(4, ROWS, PREFIX, SUFFIX), PackShape(8, ROWS, PREFIX, SUFFIX)
 ROOMY = PackShape(

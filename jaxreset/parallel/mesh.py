@@ -93,12 +93,11 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
         if "lora" in names:  # A lies as the matrix's inputs, B as its outputs; the rank is whole
             axes = (None, axes[1], None) if "a" in names else (None, None, *axes[2 - leaf.ndim :])
         fitting = [
-            axis if axis and size % mesh.shape[axis] == 0 else None
+            axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(axes, leaf.shape, strict=False)
         ]
-        while (
-            fitting and fitting[-1] is None
-        ):  # as XLA names it, whose results are known again then
+        # As XLA names it: what an update returns would else have another name, and be compiled for anew.
+        while fitting and fitting[-1] is None:
             fitting.pop()
         return NamedSharding(mesh, PartitionSpec(*fitting))
 
