@@ -201,9 +201,17 @@ def _say(message: str) -> None:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Inside, Ctrl-C waits: an exception in the middle of importing JAX may crash Python."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Inside, Ctrl-C waits: an exception in the middle of importing JAX may crash Python.
+
+    Blocking the signal wouldn't do: it would reach another thread, and this one be interrupted all the same.
+    """
+    came: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
