@@ -203,7 +203,7 @@ def _say(message: str) -> None:
 def _uninterrupted() -> Iterator[None]:
     """Inside, Ctrl-C waits: an exception in the middle of importing JAX may crash Python.
 
-    Blocking the signal wouldn't do: it would reach another thread, and this one be interrupted all the same.
+    Blocking the signal wouldn't do: another thread would get it, and this one be interrupted all the same.
     """
     came: list[int] = []
     before = signal.getsignal(signal.SIGINT)
