@@ -316,6 +316,7 @@ def _step(
         **metrics,
         "data/position": experiment.stream.position,
         "data/overlong_dropped": experiment.overlong.dropped,
+        "data/ungradable_dropped": experiment.problems.ungradable,
         "optimizer_version": learner.progress.version,
         "time/sample": sampled - start,
         "time/update": end - sampled,

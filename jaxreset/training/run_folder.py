@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import yaml
-
 from jaxreset.config import MAY_CHANGE, Config
 from jaxreset.config_file import DUMPED, dump_config, run_path, saved_values
 from jaxreset.disk import writing
@@ -143,7 +141,7 @@ class RunFolder:
             return None
         saved = None
         if self.saved.exists() and saved_steps(self.checkpoints):
-            saved = _flat(yaml.safe_load(self.saved.read_text())).get(DATE)
+            saved = _flat(saved_values(self.saved)).get(DATE)
         return datetime.date.fromisoformat(str(saved)) if saved else datetime.date.today()
 
     def check_same_policy(self) -> None:
