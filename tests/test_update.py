@@ -339,9 +339,9 @@ class Run(NamedTuple):
     places: list[list[tuple[jax.sharding.Sharding, bool]]]
 
 
-# The first to use a learner, so that what it compiles is counted.
 @pytest.fixture(scope="module")
 def run(request, policies):
+    jax.clear_caches()  # so that what a learner compiles is counted, whichever tests came before
     mesh = request.param and make_mesh(*request.param)
     start, places = compiles(), []
     with jax.enable_x64(True):
