@@ -99,7 +99,7 @@ def test_few_lanes_idle_although_lengths_have_a_long_tail():
     wanted = long_tail(np.random.default_rng(0), (128, 8))
     segments = simulate(wanted, lane_shapes(128, 8, 64, 512, slots=64))
     spent = sum(steps * batch.live.size for batch, steps in segments)
-    assert wanted.sum() / spent > 0.78
+    assert wanted.sum() / spent > 0.8
     # A batch that is never changed waits for the longest of its 64 rows.
     static = 64 * wanted.reshape(-1, 64).max(1).sum()
     assert wanted.sum() / static < 0.3
@@ -113,7 +113,7 @@ def test_a_batch_of_all_rows_shrinks_as_they_end(costs):
     assert lanes[0] == 256
     assert lanes[-1] <= 16
     spent = sum(steps * batch.live.size for batch, steps in segments)
-    assert wanted.sum() / spent > 0.58
+    assert wanted.sum() / spent > 0.6
     assert wanted.sum() / (wanted.max() * wanted.size) < 0.2
     if costs is ACCELERATOR:  # where few rows cost as much as many, they decode together
         assert sum(steps for _, steps in segments) < 1.2 * wanted.max()

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 # Every size takes a program of its own, which for 30 layers holds 65 MB of a CPU's memory: so they are few.
-MIN_WINDOW = 96  # slots; a response of fewer than two such has no tail worth another program
-MIN_PREFIX = 64  # slots
+MIN_WINDOW = 48  # slots; a response of fewer than two such has no tail worth another program
+MIN_PREFIX = 256  # slots; attending to all of a prefix of fewer than two such costs little
 MIN_LANES = 16  # fewer make a step little cheaper
 NARROW_PREFIX = 5 / 8  # of the prefix slots: all that groups of short prefixes attend to
 FREED = 0.25  # share of lanes that must have ended before waiting rows take their place
@@ -92,10 +92,10 @@ def lane_shapes(
       slots: most lanes at once, but at least a group on each shard; None: all rows.
       shards: of the group axis; each takes equally many groups.
 
-    >>> [tuple(shape) for shape in lane_shapes(128, 8, 200, 50, slots=64)]
-    [(8, 8, 50, 125), (8, 8, 50, 200)]
-    >>> [tuple(shape) for shape in lane_shapes(2, 8, 100, 200)]
-    [(2, 8, 100, 100), (2, 8, 200, 100)]
+    >>> [tuple(shape) for shape in lane_shapes(128, 8, 800, 50, slots=64)]
+    [(8, 8, 50, 500), (8, 8, 50, 800)]
+    >>> [tuple(shape) for shape in lane_shapes(2, 8, 100, 100)]
+    [(2, 8, 50, 100), (2, 8, 100, 100)]
     """
     first = groups if slots is None else min(groups, slots // rows)
     first = max(first // shards, 1) * shards
