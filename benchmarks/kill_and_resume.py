@@ -69,10 +69,10 @@ class Interruption(NamedTuple):
 def watched(part_file: Path, arguments: Sequence[str]) -> None:
     """Runs `jaxreset` and says in a file which part of it is running."""
     from jaxreset import cli
+    from jaxreset.learning.learner import Learner
+    from jaxreset.run import loop
     from jaxreset.sampling import Sampler
     from jaxreset.tasks.chain import ChainTask
-    from jaxreset.training import loop
-    from jaxreset.training.learner import Learner
 
     file = os.open(part_file, os.O_WRONLY)
     parts = ["starting"]  # the innermost is the last

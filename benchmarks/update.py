@@ -21,10 +21,10 @@ from common import SIZES, Contender, Tunix, new_policy, run_parts, take_turns
 from flax import nnx
 
 from jaxreset.groups import Group
+from jaxreset.learning.microbatches import GroupBatch, PackShape, pack
+from jaxreset.learning.update import LossForm, accumulate, apply, init_state
 from jaxreset.losses import policy_loss, token_logps
-from jaxreset.microbatches import GroupBatch, PackShape, pack
 from jaxreset.models.policy import Policy
-from jaxreset.training.update import LossForm, accumulate, apply, init_state
 
 GROUPS, PREFIX, ROWS, SUFFIX = 4, 512, 8, 64
 SHAPES = [PackShape(bins, ROWS, PREFIX - 1, SUFFIX) for bins in (GROUPS, 1)]

@@ -16,8 +16,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jaxreset.config_file import load_config
     from jaxreset.models.policy import Policy, load_policy
+    from jaxreset.run.loop import train
     from jaxreset.sampling import Sampler, StopRules, Stream
-    from jaxreset.training.loop import train
 
 _HOMES = {
     "Policy": "jaxreset.models.policy",
@@ -26,7 +26,7 @@ _HOMES = {
     "Stream": "jaxreset.sampling",
     "load_config": "jaxreset.config_file",
     "load_policy": "jaxreset.models.policy",
-    "train": "jaxreset.training.loop",
+    "train": "jaxreset.run.loop",
 }
 __all__ = [
     "Policy",

@@ -55,7 +55,7 @@ def train(
     After SIGTERM, or Ctrl-C, the last finished step is saved, and the exit code is 75, or 130.
     """
     from jaxreset.config_file import parse_config, read_values, run_dir
-    from jaxreset.training.run_lock import refuse_in_use
+    from jaxreset.run.lock import refuse_in_use
 
     values = read_values(config, overrides or [])
     if not dry_run and (folder := run_dir(values)) is not None:
@@ -67,14 +67,14 @@ def train(
         from jaxreset.reporting.display import Display
     console = Console()
     if dry_run:
-        from jaxreset.training.dry_run import describe
+        from jaxreset.run.dry_run import describe
 
         describe(settings, console)
         return
     start(coordinator, processes, process)
     with ending_together():
         with _uninterrupted():
-            from jaxreset.training.loop import train as run
+            from jaxreset.run.loop import train as run
         run(settings, Display(console, quiet=not is_leader()))
 
 
@@ -96,7 +96,7 @@ def evaluate(
     start(coordinator, processes, process)
     with ending_together():
         with _uninterrupted():
-            from jaxreset.training.finished import evaluate_run
+            from jaxreset.run.finished import evaluate_run
         step, result = evaluate_run(settings)
     if not is_leader():
         return
@@ -127,8 +127,8 @@ def plan(
 
     jax.config.update("jax_platforms", "cpu")  # whatever there is, it is left alone
     from jaxreset.config_file import load_config
-    from jaxreset.training.plan_table import show
-    from jaxreset.training.plans import plan as make_plan
+    from jaxreset.planning.plans import plan as make_plan
+    from jaxreset.planning.table import show
 
     settings = load_config(config, overrides or [])
     notes = Console(stderr=True, quiet=as_json)
@@ -167,7 +167,7 @@ def export(
     start(coordinator, processes, process)
     with ending_together():
         with _uninterrupted():
-            from jaxreset.training.finished import export_run
+            from jaxreset.run.finished import export_run
         try:
             step = export_run(settings, output, adapters=adapters, dtype=dtype)
         except FileExistsError as error:

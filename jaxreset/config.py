@@ -23,8 +23,8 @@ from pydantic import (
 
 from jaxreset.losses import Aggregation, KLEstimator, Scale
 from jaxreset.models.lora import LINEAR, LoRA, Target
-from jaxreset.objectives import Method, Objective, ObjectiveName, make_objective
-from jaxreset.resets import RuleName
+from jaxreset.resets.objectives import Method, Objective, ObjectiveName, make_objective
+from jaxreset.resets.rules import RuleName
 
 
 class Section(BaseModel):

@@ -13,13 +13,13 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from jaxreset.groups import Group
-from jaxreset.resets import Failure
+from jaxreset.resets.collect import Collected, Collector
+from jaxreset.resets.rules import Failure
 from jaxreset.sampling.rounds import Round, Shape, Snapshot, StopReason, Stream
 from jaxreset.steps import build_automaton, split_steps, token_bytes
 from jaxreset.tasks.base import Problem
 from jaxreset.tasks.chain import TOKENIZER, ChainTask
 from jaxreset.tasks.pipeline import Prompt
-from jaxreset.training.collect import Collected, Collector
 
 TASK = ChainTask()
 CHAIN_TOKENIZER = AutoTokenizer.from_pretrained(TOKENIZER)

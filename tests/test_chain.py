@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scripted import AUTOMATON, CHAIN_TOKENIZER, PROBLEMS, TASK, decode, encode, planted, written
 
 from jaxreset.config_file import load_config
-from jaxreset.resets import Answer, parse_answer
+from jaxreset.resets.rules import Answer, parse_answer
 from jaxreset.steps import replay, split_steps
 from jaxreset.tasks.base import Problem
 from jaxreset.tasks.chain import ChainTask

@@ -18,8 +18,9 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxreset.config import Checkpoint
 from jaxreset.errors import RunError
-from jaxreset.training import checkpoints
-from jaxreset.training.checkpoints import (
+from jaxreset.learning.update import TrainState
+from jaxreset.run import checkpoints
+from jaxreset.run.checkpoints import (
     Checkpoints,
     Progress,
     abstract,
@@ -27,8 +28,7 @@ from jaxreset.training.checkpoints import (
     save_params,
     saved_steps,
 )
-from jaxreset.training.checksums import checksum
-from jaxreset.training.update import TrainState
+from jaxreset.run.checksums import checksum
 
 
 @partial(jax.jit, donate_argnums=0)

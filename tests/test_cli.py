@@ -27,18 +27,18 @@ from typer.testing import CliRunner
 from jaxreset import cli, config_file
 from jaxreset.config_file import load_config
 from jaxreset.errors import RunError
+from jaxreset.learning.update import init_state, make_optimizer
 from jaxreset.models.adapters import trained
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import load_policy
+from jaxreset.run import finished as run_results
+from jaxreset.run import loop
+from jaxreset.run.checkpoints import Checkpoints, Progress
+from jaxreset.run.compiles import compiles
+from jaxreset.run.experiment import make_experiment
+from jaxreset.run.folder import RunFolder
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask
-from jaxreset.training import finished as run_results
-from jaxreset.training import loop
-from jaxreset.training.checkpoints import Checkpoints, Progress
-from jaxreset.training.compiles import compiles
-from jaxreset.training.run_folder import RunFolder
-from jaxreset.training.setup import make_experiment
-from jaxreset.training.update import init_state, make_optimizer
 
 pytestmark = pytest.mark.slow
 

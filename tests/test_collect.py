@@ -29,9 +29,9 @@ from scripted import (
 )
 
 from jaxreset.groups import Group, set_advantages
-from jaxreset.objectives import make_objective
-from jaxreset.resets import RULES, blamed_step
-from jaxreset.training.collect import Collector
+from jaxreset.resets.collect import Collector
+from jaxreset.resets.objectives import make_objective
+from jaxreset.resets.rules import RULES, blamed_step
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=60)
 PROMPT = TASK.prompt(PROBLEMS[0])

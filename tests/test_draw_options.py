@@ -12,10 +12,10 @@ import yaml
 from scripted import PROBLEMS, TASK, ScriptedRounds, decode, prompts
 
 from jaxreset.config_file import dump_config, load_config, parse_config
+from jaxreset.resets.localize import PolicyLocalizer, truncate
+from jaxreset.run.evaluate import evaluations
+from jaxreset.run.experiment import _localizer, make_plan
 from jaxreset.sampling import tokens
-from jaxreset.training.evaluate import evaluations
-from jaxreset.training.localize import PolicyLocalizer, truncate
-from jaxreset.training.setup import _localizer, make_plan
 
 DRAWN = {"temperature": 0.7, "top_p": 0.95, "top_k": 20}
 

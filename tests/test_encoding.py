@@ -22,13 +22,13 @@ from jaxreset.models.encoding import (
     fill_chat,
     prompt_tokens,
 )
-from jaxreset.resets import Failure
+from jaxreset.resets.localize import PolicyLocalizer, ScoringLocalizer, encode_question
+from jaxreset.resets.rules import Failure
+from jaxreset.run import folder as run_folder
+from jaxreset.run.folder import RunFolder
+from jaxreset.run.warm_start import demonstrations
 from jaxreset.tasks.chain import ChainTask
 from jaxreset.tasks.pipeline import PromptStream, encode_prompts, fit_prompts
-from jaxreset.training import run_folder
-from jaxreset.training.localize import PolicyLocalizer, ScoringLocalizer, encode_question
-from jaxreset.training.run_folder import RunFolder
-from jaxreset.training.warm_start import demonstrations
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 TASK = ChainTask()

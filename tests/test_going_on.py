@@ -16,7 +16,7 @@ from jaxreset.config import MAY_CHANGE, Config
 from jaxreset.config_file import DUMPED, load_config
 from jaxreset.errors import ConfigError, RunError
 from jaxreset.reporting.display import Display
-from jaxreset.training.run_folder import RunFolder
+from jaxreset.run.folder import RunFolder
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 OLDER = Path(__file__).parent / "fixtures" / "older_config.yaml"  # as the first version wrote it

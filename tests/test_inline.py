@@ -16,10 +16,10 @@ from test_sampling import (
     random_snapshots,
 )
 
-from jaxreset.resets import Failure
+from jaxreset.resets.localize import PolicyLocalizer
+from jaxreset.resets.rules import Failure
+from jaxreset.run.compiles import compiles
 from jaxreset.sampling import Sampler, Shape, Snapshot, StopRules, Stream
-from jaxreset.training.compiles import compiles
-from jaxreset.training.localize import PolicyLocalizer
 
 DRAWN, ASKED = Shape(8, 4, 12, 24), Shape(4, 2, 44, 10)
 FRESH = ASKED._replace(groups=8)

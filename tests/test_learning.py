@@ -13,9 +13,9 @@ from test_update import SMALL, TEMPERATURE, assert_close, leaves, random_groups
 
 from jaxreset.config import Optimizer
 from jaxreset.config_file import parse_config
-from jaxreset.training.learner import Learner, Minibatch, turns
-from jaxreset.training.setup import loss_form
-from jaxreset.training.update import LossForm, learning_rate, make_optimizer
+from jaxreset.learning.learner import Learner, Minibatch, turns
+from jaxreset.learning.update import LossForm, learning_rate, make_optimizer
+from jaxreset.run.experiment import loss_form
 
 pytestmark = pytest.mark.usefixtures("hasty")
 repeatable = settings(derandomize=True, deadline=None, max_examples=100)

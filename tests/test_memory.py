@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from jaxreset.config_file import load_config
+from jaxreset.learning import learner
+from jaxreset.planning import footprint
+from jaxreset.run.loop import train
 from jaxreset.sampling import programs, schedule
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask
-from jaxreset.training import footprint, learner
-from jaxreset.training.loop import train
 
 pytestmark = pytest.mark.slow
 

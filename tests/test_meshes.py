@@ -16,14 +16,14 @@ from model_helpers import fixture_folder, random_policy
 from test_sampling import assert_rounds_equal as assert_equal
 
 from jaxreset.groups import Group
-from jaxreset.microbatches import PackShape, pack
+from jaxreset.learning.microbatches import PackShape, pack
+from jaxreset.learning.update import LossForm, accumulate
 from jaxreset.models import huggingface
 from jaxreset.models.policy import load_policy
 from jaxreset.parallel import check_sizes, make_mesh, param_shardings, rows_sharding
+from jaxreset.run.compiles import compiles
 from jaxreset.sampling import Sampler, Shape, Snapshot, StopRules, Stream
 from jaxreset.sampling.programs import Programs
-from jaxreset.training.compiles import compiles
-from jaxreset.training.update import LossForm, accumulate
 
 pytestmark = pytest.mark.slow
 

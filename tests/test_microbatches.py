@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxreset.groups import Group
-from jaxreset.microbatches import GroupBatch, PackShape, empty_batch, pack, pack_shapes
+from jaxreset.learning.microbatches import GroupBatch, PackShape, empty_batch, pack, pack_shapes
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=60)
 SHAPES = [PackShape(bins, 8, width, 9) for width in (20, 40) for bins in (6, 1)]

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from jaxreset.models import reading
 from jaxreset.models.policy import load_policy
 from jaxreset.parallel import make_mesh
-from jaxreset.training.compiles import compiles
+from jaxreset.run.compiles import compiles
 
 
 def truncate(folder):

@@ -23,11 +23,11 @@ from jaxreset.models.sizes import known_sizes, model_sizes
 from jaxreset.parallel import hidden_sharding, make_mesh
 from jaxreset.parallel.collectives import collectives
 from jaxreset.parallel.topology import Slice, refusal, slice_of
+from jaxreset.planning import ahead, caches, footprint
+from jaxreset.planning.advice import advise
+from jaxreset.planning.footprint import Phase, Program, make_case, phases
+from jaxreset.planning.plans import plan
 from jaxreset.sampling import schedule
-from jaxreset.training import ahead, caches, footprint
-from jaxreset.training.advice import advise
-from jaxreset.training.footprint import Phase, Program, make_case, phases
-from jaxreset.training.plans import plan
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PAPER = sorted((CONFIGS / "paper").glob("*.yaml"))
@@ -408,7 +408,7 @@ def test_an_absurd_plan_says_by_how_much_it_does_not_fit():
 
 @pytest.mark.usefixtures("no_process")
 def test_the_largest_number_of_rows_is_found_by_halving(monkeypatch):
-    from jaxreset.training import advice
+    from jaxreset.planning import advice
 
     def compiled(name, sizes, call, say):
         return Program(name, sizes, 0.0)

@@ -14,9 +14,9 @@ from flax import nnx
 from model_helpers import random_policy
 from safetensors import safe_open
 
+from jaxreset.learning.update import apply, init_state
 from jaxreset.models.decoding_copy import decodes_as_it_is, decoding_copy
 from jaxreset.models.precision import widened
-from jaxreset.training.update import apply, init_state
 
 CONFIG = dataclasses.replace(TINY, dtype="bfloat16")
 

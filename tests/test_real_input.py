@@ -24,11 +24,11 @@ from jaxreset.errors import ConfigError
 from jaxreset.models.adapters import trained
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import load_policy
+from jaxreset.run.dry_run import describe
+from jaxreset.run.finished import export_run
+from jaxreset.run.loop import train
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.math import MathTask
-from jaxreset.training.dry_run import describe
-from jaxreset.training.finished import export_run
-from jaxreset.training.loop import train
 
 pytestmark = pytest.mark.slow
 

@@ -19,9 +19,9 @@ from jaxreset import cli
 from jaxreset.config_file import dump_config, load_config
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import load_policy
+from jaxreset.planning.footprint import here
+from jaxreset.run.compiles import compiles
 from jaxreset.tasks.chain import TOKENIZER
-from jaxreset.training.compiles import compiles
-from jaxreset.training.footprint import here
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PROBLEM = {"question": "What is ten and ten and ten?", "answer": "10+10+10=30\n#### 30"}

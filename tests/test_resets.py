@@ -16,10 +16,10 @@ from scipy import stats
 from scripted import CHAIN_TOKENIZER, PROBLEMS, TASK, ScriptedRounds, encode, planted
 
 from jaxreset.config_file import parse_config
-from jaxreset.objectives import Objective, make_objective
-from jaxreset.resets import RULES, Answer, Failure, RuleName, parse_answer
+from jaxreset.resets.localize import PolicyLocalizer, ScoringLocalizer, encode_question
+from jaxreset.resets.objectives import Objective, make_objective
+from jaxreset.resets.rules import RULES, Answer, Failure, RuleName, parse_answer
 from jaxreset.sampling.rounds import Stream
-from jaxreset.training.localize import PolicyLocalizer, ScoringLocalizer, encode_question
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=40)
 DRAWN_RULES = ("random", "early")

@@ -16,11 +16,12 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from jaxreset.config_file import load_config
 from jaxreset.errors import ConfigError, PreemptedError
-from jaxreset.training import compiles, run_folder
-from jaxreset.training import preemption as preemption_module
-from jaxreset.training.compiles import kept_programs
-from jaxreset.training.preemption import noticing_preemption
-from jaxreset.training.run_folder import RunFolder
+from jaxreset.run import compiles
+from jaxreset.run import folder as run_folder
+from jaxreset.run import preemption as preemption_module
+from jaxreset.run.compiles import kept_programs
+from jaxreset.run.folder import RunFolder
+from jaxreset.run.preemption import noticing_preemption
 
 pytestmark = pytest.mark.slow
 
@@ -113,7 +114,7 @@ def test_an_ignored_signal_stays_ignored(handlers):
 # Python's handlers wait until the call returns; it lets other threads go on, as programs on a device do.
 BUSY = """
 import hashlib
-from jaxreset.training.preemption import noticing_preemption
+from jaxreset.run.preemption import noticing_preemption
 with noticing_preemption():
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)

@@ -27,24 +27,24 @@ from model_helpers import assert_same_params
 from jaxreset import cli
 from jaxreset.config_file import DUMPED, load_config
 from jaxreset.errors import ConfigError, RunError
+from jaxreset.learning import learner as learner_module
+from jaxreset.learning.learner import Learner
+from jaxreset.learning.update import TrainState, init_state, make_optimizer
 from jaxreset.models.adapters import trained
 from jaxreset.models.policy import load_policy
 from jaxreset.reporting.curve import draw_curve
 from jaxreset.reporting.report import write_report
+from jaxreset.run import loop
+from jaxreset.run.checkpoints import Checkpoints, Progress, load_params, saved_steps
+from jaxreset.run.endings import save_finished
+from jaxreset.run.experiment import make_experiment
+from jaxreset.run.folder import RunFolder
+from jaxreset.run.lock import locked
+from jaxreset.run.loop import train
 from jaxreset.sampling import Sampler, programs, schedule
 from jaxreset.tasks import pipeline
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask
-from jaxreset.training import learner as learner_module
-from jaxreset.training import loop
-from jaxreset.training.checkpoints import Checkpoints, Progress, load_params, saved_steps
-from jaxreset.training.endings import save_finished
-from jaxreset.training.learner import Learner
-from jaxreset.training.loop import train
-from jaxreset.training.run_folder import RunFolder
-from jaxreset.training.run_lock import locked
-from jaxreset.training.setup import make_experiment
-from jaxreset.training.update import TrainState, init_state, make_optimizer
 
 pytestmark = pytest.mark.slow
 

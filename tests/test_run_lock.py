@@ -17,16 +17,17 @@ import pytest
 
 from jaxreset.config_file import load_config
 from jaxreset.errors import ConfigError
-from jaxreset.training import run_folder, run_lock
-from jaxreset.training.run_folder import RunFolder
-from jaxreset.training.run_lock import NAME, locked, refuse_in_use
+from jaxreset.run import folder as run_folder
+from jaxreset.run import lock as run_lock
+from jaxreset.run.folder import RunFolder
+from jaxreset.run.lock import NAME, locked, refuse_in_use
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 HOLDS = """
 import sys
 from pathlib import Path
 from jaxreset.errors import ConfigError
-from jaxreset.training.run_lock import locked
+from jaxreset.run.lock import locked
 print("ready", flush=True)
 sys.stdin.readline()
 try:

@@ -14,12 +14,12 @@ from flax import nnx
 from scipy import stats
 
 from jaxreset.groups import Group
-from jaxreset.microbatches import PackShape, pack
+from jaxreset.learning.microbatches import PackShape, pack
+from jaxreset.learning.update import exists, score
+from jaxreset.run.compiles import compiles
 from jaxreset.sampling import Sampler, Shape, Snapshot, StopReason, StopRules, Stream
 from jaxreset.sampling.checks import check_snapshots
 from jaxreset.steps import build_automaton, token_bytes
-from jaxreset.training.compiles import compiles
-from jaxreset.training.update import exists, score
 
 VOCAB = 28
 CUTS = 200

@@ -16,13 +16,13 @@ from test_sampling import assert_rounds_equal, random_prompts, random_snapshots
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.decoder import KV, Decoder
 from jaxreset.parallel import make_mesh, param_shardings
+from jaxreset.run.compiles import compiles
 from jaxreset.sampling import Sampler, Shape, StopRules, Stream, decoding, schedule
 from jaxreset.sampling.decoding import Limits, decode
 from jaxreset.sampling.drawing import idle_lanes
 from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes, next_batch, windows
 from jaxreset.sampling.tokens import Draws
 from jaxreset.steps import build_automaton
-from jaxreset.training.compiles import compiles
 
 CPU, ACCELERATOR = Costs(8, 1e-2), Costs(256, 1e-2)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxreset.errors import ConfigError, RunError
+from jaxreset.tasks import scoring
 from jaxreset.tasks.base import Problem, Scores
-from jaxreset.training import scoring
 
 
 def items(*responses):

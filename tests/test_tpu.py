@@ -13,13 +13,13 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxreset.microbatches import PackShape, empty_batch
+from jaxreset.learning.microbatches import PackShape, empty_batch
+from jaxreset.learning.update import LossForm, accumulate, layout_of
 from jaxreset.models.adapters import trained
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.decoder import Decoder
 from jaxreset.models.lora import LoRA
 from jaxreset.parallel import AXES, data_shards, param_shardings, rows_sharding
-from jaxreset.training.update import LossForm, accumulate, layout_of
 
 pytestmark = pytest.mark.slow
 

@@ -24,17 +24,17 @@ from jaxreset.config import Optimizer
 from jaxreset.config_file import parse_config
 from jaxreset.errors import RunError
 from jaxreset.groups import Group
-from jaxreset.microbatches import PackShape, empty_batch, pack
+from jaxreset.learning.learner import Learner
+from jaxreset.learning.microbatches import PackShape, empty_batch, pack
+from jaxreset.learning.update import LossForm, accumulate, filled, make_optimizer, measure
 from jaxreset.models.adapters import trained
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.decoder import Decoder
 from jaxreset.models.lora import LoRA
 from jaxreset.models.rotary import RopeScaling
 from jaxreset.parallel import make_mesh, param_shardings, rows_sharding
+from jaxreset.run.compiles import compiles
 from jaxreset.sampling import Stream
-from jaxreset.training.compiles import compiles
-from jaxreset.training.learner import Learner
-from jaxreset.training.update import LossForm, accumulate, filled, make_optimizer, measure
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxreset.disk import size_text
-from jaxreset.training.footprint import Phase
-from jaxreset.training.plans import Report
+from jaxreset.planning.footprint import Phase
+from jaxreset.planning.plans import Report
 
 
 def show(report: Report, console: Console) -> None:

@@ -16,12 +16,12 @@ import numpy as np
 
 from jaxreset.groups import Group
 from jaxreset.models.policy import Policy
-from jaxreset.objectives import Objective
-from jaxreset.resets import RULES, Failure, parse_answer
+from jaxreset.resets.objectives import Objective
+from jaxreset.resets.rules import RULES, Failure, parse_answer
 from jaxreset.sampling.rounds import Round, Snapshot, StopReason, Stream
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.pipeline import Prompt
-from jaxreset.training.scoring import Record, Verdicts, judge, score_together, verdicts
+from jaxreset.tasks.scoring import Record, Verdicts, judge, score_together, verdicts
 
 FAILED_BELOW = 0.5  # a score under it is a failure
 CUT = StopReason.BUDGET, StopReason.LENGTH, StopReason.STEPS  # a response that a limit ended

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from jaxreset.config import Config
+from jaxreset.run.experiment import Plan
 from jaxreset.sampling.memory import RoundMemory
 from jaxreset.sampling.rounds import Shape
-from jaxreset.training.setup import Plan
 
 
 def asked(config: Config, plan: Plan) -> Shape | None:

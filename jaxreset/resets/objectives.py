@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxreset.resets import RuleName
+from jaxreset.resets.rules import RuleName
 
 ObjectiveName = Literal["grpo", "rrpo", "srpo", "ladder"]
 Method = Literal["ours", "paper"]

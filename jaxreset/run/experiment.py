@@ -14,12 +14,15 @@ import numpy as np
 
 from jaxreset.config import Config
 from jaxreset.errors import ConfigError
-from jaxreset.microbatches import PackShape, pack_shapes
+from jaxreset.learning.microbatches import PackShape, pack_shapes
+from jaxreset.learning.update import LossForm
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.encoding import chat_variables
 from jaxreset.models.policy import Policy, load_policy, new_policy
-from jaxreset.objectives import Objective
 from jaxreset.parallel import check_sizes, data_shards, make_mesh, param_shardings, put
+from jaxreset.resets.collect import Collector, Localizer
+from jaxreset.resets.localize import PolicyLocalizer, ScoringLocalizer
+from jaxreset.resets.objectives import Objective
 from jaxreset.sampling import Sampler, Shape, StopRules
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.chain import TOKENIZER, ChainTask
@@ -33,9 +36,6 @@ from jaxreset.tasks.pipeline import (
     make_task,
     read_problems,
 )
-from jaxreset.training.collect import Collector, Localizer
-from jaxreset.training.localize import PolicyLocalizer, ScoringLocalizer
-from jaxreset.training.update import LossForm
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from jaxreset.config import Checkpoint
 from jaxreset.disk import room
 from jaxreset.errors import RunError
 from jaxreset.json_text import dumps, loads
+from jaxreset.learning.update import TrainState, filled
 from jaxreset.models.precision import widened
 from jaxreset.parallel.processes import fetch, gather, is_leader, wait_for_all
-from jaxreset.training.checksums import checksum
-from jaxreset.training.update import TrainState, filled
+from jaxreset.run.checksums import checksum
 
 logger = logging.getLogger(__name__)
 

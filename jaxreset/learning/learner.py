@@ -13,12 +13,8 @@ from flax import nnx
 from jaxreset.config import Config
 from jaxreset.errors import RunError
 from jaxreset.groups import Group
-from jaxreset.microbatches import GroupBatch, PackShape, empty_batch, pack
-from jaxreset.models.adapters import trained
-from jaxreset.models.policy import Policy
-from jaxreset.parallel import put, rows_sharding
-from jaxreset.training.checkpoints import Progress
-from jaxreset.training.update import (
+from jaxreset.learning.microbatches import GroupBatch, PackShape, empty_batch, pack
+from jaxreset.learning.update import (
     LossForm,
     TrainState,
     accumulate,
@@ -32,6 +28,10 @@ from jaxreset.training.update import (
     score,
     start_anew,
 )
+from jaxreset.models.adapters import trained
+from jaxreset.models.policy import Policy
+from jaxreset.parallel import put, rows_sharding
+from jaxreset.run.checkpoints import Progress
 
 
 class Minibatch(NamedTuple):

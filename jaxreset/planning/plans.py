@@ -13,9 +13,9 @@ from jaxreset.config import Config
 from jaxreset.errors import ConfigError
 from jaxreset.models import flops
 from jaxreset.parallel.topology import slice_of
-from jaxreset.training import caches
-from jaxreset.training.advice import Advice, Largest, advise, largest_slots
-from jaxreset.training.footprint import Case, Phase, Program, Say, compiled, make_case, phases
+from jaxreset.planning import caches
+from jaxreset.planning.advice import Advice, Largest, advise, largest_slots
+from jaxreset.planning.footprint import Case, Phase, Program, Say, compiled, make_case, phases
 
 
 @dataclass(frozen=True)

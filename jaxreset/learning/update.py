@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 
 from jaxreset.config import Optimizer
+from jaxreset.learning.microbatches import GroupBatch
 from jaxreset.losses import (
     Aggregation,
     KLEstimator,
@@ -28,7 +29,6 @@ from jaxreset.losses import (
     token_logps,
     token_logps_and_entropy,
 )
-from jaxreset.microbatches import GroupBatch
 from jaxreset.models.precision import computing_decoder, widened
 from jaxreset.parallel import data_shards, head_sharding
 

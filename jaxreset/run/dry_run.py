@@ -8,9 +8,9 @@ from rich.table import Table
 from jaxreset.config import Config
 from jaxreset.config_file import dump_config
 from jaxreset.disk import size_text
-from jaxreset.training.footprint import estimated, here, phases
-from jaxreset.training.plan_table import memory_table
-from jaxreset.training.setup import make_experiment
+from jaxreset.planning.footprint import estimated, here, phases
+from jaxreset.planning.table import memory_table
+from jaxreset.run.experiment import make_experiment
 
 
 def describe(config: Config, console: Console) -> None:

@@ -14,11 +14,11 @@ from jaxreset.models.adapters import rounding_loss, trained
 from jaxreset.models.huggingface import refuse_existing
 from jaxreset.models.policy import Policy
 from jaxreset.parallel.processes import is_leader, wait_for_all
-from jaxreset.training.checkpoints import Checkpoints, abstract, load_params
-from jaxreset.training.compiles import kept_programs
-from jaxreset.training.evaluate import evaluations
-from jaxreset.training.run_folder import RunFolder
-from jaxreset.training.setup import Experiment, make_experiment
+from jaxreset.run.checkpoints import Checkpoints, abstract, load_params
+from jaxreset.run.compiles import kept_programs
+from jaxreset.run.evaluate import evaluations
+from jaxreset.run.experiment import Experiment, make_experiment
+from jaxreset.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 

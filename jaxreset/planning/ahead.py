@@ -19,7 +19,15 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.stages import Lowered
 
 from jaxreset.config import Config
-from jaxreset.microbatches import PackShape, empty_batch
+from jaxreset.learning.microbatches import PackShape, empty_batch
+from jaxreset.learning.update import (
+    TrainState,
+    abstract_state,
+    accumulate,
+    apply,
+    layout_of,
+    make_optimizer,
+)
 from jaxreset.models import adapters
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.decoder import KV, Decoder, Store
@@ -32,6 +40,7 @@ from jaxreset.parallel import (
     replicated,
     rows_sharding,
 )
+from jaxreset.run.experiment import loss_form
 from jaxreset.sampling import decoding, stores
 from jaxreset.sampling.decoding import Limits
 from jaxreset.sampling.drawing import idle_lanes
@@ -39,15 +48,6 @@ from jaxreset.sampling.rounds import Shape
 from jaxreset.sampling.schedule import LaneShape
 from jaxreset.sampling.tokens import Draws
 from jaxreset.steps import StepAutomaton, build_automaton
-from jaxreset.training.setup import loss_form
-from jaxreset.training.update import (
-    TrainState,
-    abstract_state,
-    accumulate,
-    apply,
-    layout_of,
-    make_optimizer,
-)
 
 Tree = Any  # of jax.ShapeDtypeStruct
 

@@ -11,8 +11,8 @@ from jaxreset.config import Config
 from jaxreset.config_file import parse_config
 from jaxreset.errors import ConfigError
 from jaxreset.parallel import data_shards
-from jaxreset.training import ahead
-from jaxreset.training.footprint import (
+from jaxreset.planning import ahead
+from jaxreset.planning.footprint import (
     Case,
     Phase,
     Program,

@@ -18,22 +18,22 @@ from jax.stages import Compiled
 from jaxreset.config import Config
 from jaxreset.disk import size_text
 from jaxreset.errors import ConfigError
-from jaxreset.microbatches import PackShape
+from jaxreset.learning.microbatches import PackShape
 from jaxreset.models import activations
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.sizes import model_sizes
 from jaxreset.parallel import check_sizes, data_shards, device_bytes
 from jaxreset.parallel.collectives import Collective, collectives
 from jaxreset.parallel.topology import Slice, is_refusal, refusal
+from jaxreset.planning import ahead, caches
+from jaxreset.planning.ahead import Call, Subject, device_bytes_of
+from jaxreset.run.checkpoints import WRITTEN_AT_ONCE
+from jaxreset.run.experiment import Plan, choose_mesh, fresh_sizes, make_plan
 from jaxreset.sampling.memory import RoundMemory
 from jaxreset.sampling.rounds import Shape
 from jaxreset.sampling.schedule import LaneShape
 from jaxreset.tasks.chain import TOKENIZER
 from jaxreset.tasks.pipeline import make_task
-from jaxreset.training import ahead, caches
-from jaxreset.training.ahead import Call, Subject, device_bytes_of
-from jaxreset.training.checkpoints import WRITTEN_AT_ONCE
-from jaxreset.training.setup import Plan, choose_mesh, fresh_sizes, make_plan
 
 Say = Callable[[str], None]
 

@@ -19,7 +19,7 @@ from jaxreset.models.policy import Policy
 from jaxreset.models.precision import computing_decoder
 from jaxreset.parallel import fetch
 from jaxreset.parallel.compiling import compiled
-from jaxreset.resets import Failure
+from jaxreset.resets.rules import Failure
 from jaxreset.sampling.rounds import Snapshot, Stream
 from jaxreset.sampling.sampler import Sampler
 

@@ -18,27 +18,27 @@ from jaxreset.config import Config
 from jaxreset.disk import naming_full_disk
 from jaxreset.errors import PreemptedError
 from jaxreset.groups import Group, set_advantages
+from jaxreset.learning.learner import Learner
+from jaxreset.learning.update import make_optimizer
 from jaxreset.models.adapters import trained
 from jaxreset.models.policy import Policy
 from jaxreset.parallel.processes import any_process, is_leader, wait_for_all
+from jaxreset.planning.footprint import check_room, here
 from jaxreset.reporting.curve import draw_curve
 from jaxreset.reporting.display import Display
 from jaxreset.reporting.report import write_report
 from jaxreset.reporting.trackers import Trackers
+from jaxreset.run.alarms import Alarms
+from jaxreset.run.checkpoints import Checkpoints, abstract, save_params
+from jaxreset.run.compiles import compiles, kept_programs, trim
+from jaxreset.run.endings import explained, is_out_of_memory, save_finished
+from jaxreset.run.evaluate import evaluations
+from jaxreset.run.experiment import Experiment, make_experiment
+from jaxreset.run.finished import started_from
+from jaxreset.run.folder import RunFolder
+from jaxreset.run.preemption import Preemption, noticing_preemption
+from jaxreset.run.warm_start import warm_start
 from jaxreset.tasks.chain import ChainTask
-from jaxreset.training.alarms import Alarms
-from jaxreset.training.checkpoints import Checkpoints, abstract, save_params
-from jaxreset.training.compiles import compiles, kept_programs, trim
-from jaxreset.training.endings import explained, is_out_of_memory, save_finished
-from jaxreset.training.evaluate import evaluations
-from jaxreset.training.finished import started_from
-from jaxreset.training.footprint import check_room, here
-from jaxreset.training.learner import Learner
-from jaxreset.training.preemption import Preemption, noticing_preemption
-from jaxreset.training.run_folder import RunFolder
-from jaxreset.training.setup import Experiment, make_experiment
-from jaxreset.training.update import make_optimizer
-from jaxreset.training.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
 

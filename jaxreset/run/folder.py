@@ -16,9 +16,9 @@ from jaxreset.disk import writing
 from jaxreset.errors import ConfigError, RunError
 from jaxreset.json_text import dumps, loads
 from jaxreset.parallel.processes import gather, is_leader
-from jaxreset.training.checkpoints import ACCURACY, saved_steps
-from jaxreset.training.run_lock import locked
-from jaxreset.training.scoring import Record, keep_errors
+from jaxreset.run.checkpoints import ACCURACY, saved_steps
+from jaxreset.run.lock import locked
+from jaxreset.tasks.scoring import Record, keep_errors
 
 DATE = "task.date"
 

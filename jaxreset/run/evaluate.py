@@ -9,12 +9,12 @@ import numpy as np
 from scipy.stats import binomtest
 
 from jaxreset.models.policy import Policy
+from jaxreset.run.experiment import Experiment
 from jaxreset.sampling.rounds import Stream
 from jaxreset.sampling.sampler import Sampler
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.pipeline import Prompt
-from jaxreset.training.scoring import Record, judge, score_together, verdicts
-from jaxreset.training.setup import Experiment
+from jaxreset.tasks.scoring import Record, judge, score_together, verdicts
 
 PHASE = 2**16  # of the random streams, apart from those of training
 

@@ -10,8 +10,8 @@ import jax
 
 from jaxreset.config import Config
 from jaxreset.errors import PreemptedError, RunError
-from jaxreset.training.checkpoints import Checkpoints, Progress, saved_steps
-from jaxreset.training.update import TrainState
+from jaxreset.learning.update import TrainState
+from jaxreset.run.checkpoints import Checkpoints, Progress, saved_steps
 
 
 def is_out_of_memory(error: BaseException) -> bool:

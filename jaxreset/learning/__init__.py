@@ -1,0 +1,1 @@
+"""From groups with rewards to optimizer steps."""

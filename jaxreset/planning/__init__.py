@@ -1,0 +1,1 @@
+"""Does it fit, in memory and in time, on devices that need not be here."""

@@ -1,1 +1,0 @@
-"""Collecting groups, updating the policy, and the run around them."""
