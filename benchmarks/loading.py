@@ -30,8 +30,9 @@ from transformers import AutoTokenizer
 from jaxreset.models import huggingface
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.config_json import config_json
+from jaxreset.models.placement import param_shardings
 from jaxreset.models.policy import load_policy
-from jaxreset.parallel import make_mesh, param_shardings
+from jaxreset.parallel import make_mesh
 from jaxreset.tasks.chain import TOKENIZER
 
 CONFIG = DecoderConfig(

@@ -21,8 +21,9 @@ from common import SIZES, Contender, Tunix, new_policy, run_parts, take_turns
 from flax import nnx
 
 from jaxreset.groups import Group
+from jaxreset.learning.form import LossForm
 from jaxreset.learning.microbatches import GroupBatch, PackShape, pack
-from jaxreset.learning.update import LossForm, accumulate, apply, init_state
+from jaxreset.learning.update import accumulate, apply, init_state
 from jaxreset.losses import policy_loss, token_logps
 from jaxreset.models.policy import Policy
 

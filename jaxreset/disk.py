@@ -15,6 +15,10 @@ from jaxreset.errors import RunError
 # No room on the disk, in the user's share of it, or in a file.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
+WRITTEN_AT_ONCE = (
+    2**27
+)  # bytes of a checkpoint; more are not compressed before others are on the disk
+
 
 def free_bytes(path: Path) -> int | None:
     """Bytes that are free on the disk where `path` is or would be; None: it can't be told."""

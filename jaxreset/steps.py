@@ -16,7 +16,7 @@ search: an occurrence may begin in one step and end in the next.
 A delimiter always ends a step, even an empty one. What follows the last delimiter is a step only if
 it holds more than white space and end-of-sequence tokens.
 
-    vocab = token_bytes(tokenizer)
+    vocab = spelling.token_bytes(tokenizer)
     automaton = build_automaton(vocab, delimiter="</thought>", answer_marker="\\\\boxed{")
     spans = split_steps(automaton, response, max_step_tokens=256, eos_ids=[eos_id])
 
@@ -24,9 +24,7 @@ The module needs numpy alone: `advance` uses the operators of the arrays that it
 or JAX's, so the same lines run on the host and inside `jax.jit`.
 """
 
-import json
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,9 +32,6 @@ import numpy as np
 Array = Any  # numpy's or jax's, traced or not
 
 DELIMITER, ANSWER, STOP = 1, 2, 4  # bits of StepAutomaton.events
-
-# What a tokenizer calls the tokens that are no text.
-_ROLES = ("bos", "eos", "pad", "unk")
 
 _MAX_STATES = np.iinfo(np.int16).max + 1
 
@@ -222,7 +217,8 @@ def build_automaton(
     each token are run from each of them.
 
     Args:
-      vocab: each token's bytes, by id, as `token_bytes` gives; a token without any changes nothing.
+      vocab: each token's bytes, by id, as `spelling.token_bytes` gives; a token without any changes
+        nothing.
       delimiter: ends a step.
       answer_marker: marks the step that holds the answer, or None.
       stop_strings: end a response. One that the vocabulary cannot write never occurs.
@@ -364,110 +360,3 @@ def _possible_events(automaton: StepAutomaton) -> int:
         reached |= new
         order += new
     return bits
-
-
-def silent_ids(tokenizer: Any) -> set[int]:
-    """The tokens that are no text: those that begin, end or pad one, or stand for what can't be spelt.
-
-    The tokenizer names them (`bos_token`, `eos_token`, `pad_token`, `unk_token`). Other special tokens,
-    such as a `</thought>` that was added as one, are text that the policy writes.
-    """
-    ids = (getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES)
-    return {id_ for id_ in ids if id_ is not None}
-
-
-def token_bytes(tokenizer: Any, *, stop_strings: Sequence[str] = ()) -> list[bytes]:
-    """The bytes that each token writes, by id, for a fast Hugging Face tokenizer.
-
-    The backend's decoder says how the vocabulary spells bytes: byte-level BPE (each byte is a
-    printable character, as in GPT-2), Metaspace and byte fallback (`▁` for a space, `<0x0A>` for a
-    byte), or plain text; where there is no decoder, the pre-tokenizer does. Added tokens, special
-    ones too, stand for their own text, but for `silent_ids`. What a decoder does to the text as a
-    whole, such as dropping its first space, belongs to no token and is left out.
-
-    Args:
-      tokenizer: a tokenizer of `transformers`, 4 or 5, that the `tokenizers` library backs.
-      stop_strings: what ends a response may be silent in its text: such tokens in one of these
-        have bytes.
-
-    Returns:
-      A list over all ids, of at least len(tokenizer); silent tokens and unused ids are b"".
-
-    Raises:
-      TypeError: a slow tokenizer, or a decoder that makes a token's text depend on its neighbours
-        (WordPiece, for one).
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise TypeError(
-            f"tokenizer: {type(tokenizer).__name__} is slow (no `backend_tokenizer`); expected a "
-            "fast one, as transformers.AutoTokenizer gives for a folder with a tokenizer.json"
-        )
-    spell = _speller(backend)
-    added = backend.get_added_tokens_decoder()
-    silent = silent_ids(tokenizer)
-    ids = backend.get_vocab(with_added_tokens=True)
-    out = [b""] * max(len(tokenizer), max(ids.values(), default=-1) + 1)
-    for token, id_ in ids.items():
-        if id_ not in silent or any(token in stop for stop in stop_strings):
-            out[id_] = token.encode() if id_ in added else spell(token)
-    return out
-
-
-def _speller(backend: Any) -> Callable[[str], bytes]:
-    """The bytes of one vocabulary entry, as this backend spells them."""
-    parts = _parts(backend.decoder, "decoders")
-    if not parts:
-        before = _parts(backend.pre_tokenizer, "pretokenizers")
-        parts = [part for part in before if part["type"] in ("ByteLevel", "Metaspace")]
-    byte_level = byte_fallback = fused = False
-    replacements: list[tuple[str, str]] = []
-    for part in parts:
-        kind = part["type"]
-        if kind == "ByteLevel":
-            byte_level = True
-        elif kind == "ByteFallback":
-            byte_fallback = True
-        elif kind == "Metaspace":
-            replacements.append((part["replacement"], " "))
-        elif kind == "Replace" and "String" in part["pattern"]:
-            replacements.append((part["pattern"]["String"], part["content"]))
-        elif kind == "Fuse":
-            fused = True
-        elif not (kind == "Strip" and fused):  # after Fuse it strips the text, not each token
-            raise TypeError(
-                f"tokenizer: its decoder has the part {part}, so a token alone doesn't tell its "
-                "bytes; expected ByteLevel, Metaspace, Replace, ByteFallback, Fuse, then Strip"
-            )
-
-    def spell(token: str) -> bytes:
-        if byte_fallback and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
-            return bytes([int(token[3:5], 16)])
-        if byte_level and all(char in _BYTE_OF_CHAR for char in token):
-            return bytes(_BYTE_OF_CHAR[char] for char in token)
-        for old, new in replacements:
-            token = token.replace(old, new)
-        return token.encode()
-
-    return spell
-
-
-def _parts(component: Any, key: str) -> list[dict[str, Any]]:
-    """A `tokenizers` component's parts as JSON objects, nested sequences laid flat."""
-
-    def flat(part: dict[str, Any]) -> list[dict[str, Any]]:
-        if part["type"] != "Sequence":
-            return [part]
-        return [leaf for child in part[key] for leaf in flat(child)]
-
-    return [] if component is None else flat(json.loads(component.__getstate__()))
-
-
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's printable characters for bytes: Latin-1's own where visible, the others from 256."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + n): b for n, b in enumerate(hidden)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()

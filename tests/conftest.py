@@ -23,7 +23,8 @@ from transformers import AutoTokenizer
 
 from jaxreset.models.block import DecoderConfig
 from jaxreset.sampling import Sampler, Shape, StopRules
-from jaxreset.steps import build_automaton, token_bytes
+from jaxreset.spelling import token_bytes
+from jaxreset.steps import build_automaton
 from jaxreset.tasks.chain import TOKENIZER
 
 # Instead of XLA_FLAGS, which programs started by a test would inherit. Device 0 is the default.

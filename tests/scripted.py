@@ -16,7 +16,8 @@ from jaxreset.groups import Group
 from jaxreset.resets.collect import Collected, Collector
 from jaxreset.resets.rules import Failure
 from jaxreset.sampling.rounds import Round, Shape, Snapshot, StopReason, Stream
-from jaxreset.steps import build_automaton, split_steps, token_bytes
+from jaxreset.spelling import token_bytes
+from jaxreset.steps import build_automaton, split_steps
 from jaxreset.tasks.base import Problem
 from jaxreset.tasks.chain import TOKENIZER, ChainTask
 from jaxreset.tasks.pipeline import Prompt

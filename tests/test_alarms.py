@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from jaxreset.config_file import load_config
+from jaxreset.reporting.alarms import STEPS, Alarm, Alarms, describe, kinds, read_alarms
 from jaxreset.reporting.curve import draw_curve
 from jaxreset.reporting.display import Display
 from jaxreset.reporting.report import write_report
-from jaxreset.run.alarms import STEPS, Alarm, Alarms, describe, kinds, read_alarms
 from jaxreset.run.folder import RunFolder
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"

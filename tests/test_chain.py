@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from scripted import AUTOMATON, CHAIN_TOKENIZER, PROBLEMS, TASK, decode, encode, planted, written
 
 from jaxreset.config_file import load_config
-from jaxreset.resets.rules import Answer, parse_answer
 from jaxreset.steps import replay, split_steps
 from jaxreset.tasks.base import Problem
 from jaxreset.tasks.chain import ChainTask
+from jaxreset.tasks.localization import Answer, parse_answer
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 repeatable = settings(derandomize=True, deadline=None, max_examples=60)

@@ -18,17 +18,12 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxreset.config import Checkpoint
 from jaxreset.errors import RunError
+from jaxreset.learning.learner import TrainProgress
 from jaxreset.learning.update import TrainState
 from jaxreset.run import checkpoints
-from jaxreset.run.checkpoints import (
-    Checkpoints,
-    Progress,
-    abstract,
-    load_params,
-    save_params,
-    saved_steps,
-)
+from jaxreset.run.checkpoints import Checkpoints, saved_steps
 from jaxreset.run.checksums import checksum
+from jaxreset.run.saved_arrays import abstract, load_params, save_params
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -59,7 +54,7 @@ def saved(path, steps, state=None, **kept):
     checkpoints = Checkpoints(path, Checkpoint(**({"keep": 9} | kept)))
     state = state or make_state()
     for step, metrics in steps.items() if isinstance(steps, dict) else dict.fromkeys(steps).items():
-        checkpoints.save(state, Progress(step=step, data_position=5 * step), metrics)
+        checkpoints.save(state, TrainProgress(step=step, data_position=5 * step), metrics)
     checkpoints.close()
     return state
 
@@ -84,7 +79,7 @@ def test_a_state_may_be_overwritten_before_it_is_written(tmp_path, mesh, writing
     state = make_state(mesh and over_mesh(mesh), size=4000)
     expected = jax.tree.map(np.array, state)
     checkpoints = Checkpoints(tmp_path, Checkpoint())
-    checkpoints.save(state, Progress(step=1))
+    checkpoints.save(state, TrainProgress(step=1))
     for _ in range(3):  # into the same memory, where the device can
         state = advance(state)
     jax.block_until_ready(state)
@@ -104,7 +99,7 @@ def test_a_checkpoint_fits_any_mesh(tmp_path, before, after):
     state = saved(tmp_path, [3], make_state(before and over_mesh(before)))
     like = abstract(make_state(after and over_mesh(after)))
     restored, progress = Checkpoints(tmp_path, Checkpoint()).restore(like)
-    assert progress == Progress(step=3, data_position=15)
+    assert progress == TrainProgress(step=3, data_position=15)
     assert_same_params(restored, state)
     assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, like)
 
@@ -174,7 +169,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, dama
     checkpoints = Checkpoints(tmp_path, Checkpoint())
     with caplog.at_level(logging.WARNING, "jaxreset"):
         restored, progress = checkpoints.restore(state, set_aside=True)
-    assert progress == Progress(step=2, data_position=10)
+    assert progress == TrainProgress(step=2, data_position=10)
     assert_same_params(restored, state)
     assert f"checkpoint {tmp_path}/3 is damaged ({words}" in caplog.text.replace("ValueError: ", "")
     assert "going back to step 2" in caplog.text
@@ -199,7 +194,7 @@ def test_parameters_are_restored_alone(tmp_path, after, caplog, monkeypatch):
 
     monkeypatch.setattr(ocp, "load_checkpointables", spy)
     params, progress = Checkpoints(tmp_path, Checkpoint()).restore_params(like)
-    assert progress == Progress(step=3, data_position=15)
+    assert progress == TrainProgress(step=3, data_position=15)
     assert_same_params(params, state.params)
     assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, like)
     assert read == [{"gradients.mask", "opt_state.count"}, {"params.b", "params.w"}]
@@ -222,13 +217,13 @@ def test_parameters_are_restored_alone(tmp_path, after, caplog, monkeypatch):
 
 def test_damage_beside_the_parameters_is_found_too(tmp_path, monkeypatch, caplog):
     """A checkpoint that training calls damaged is so for an evaluation."""
-    state, with_sums = saved(tmp_path, [1]), checkpoints._with_sums
+    state, with_sums = saved(tmp_path, [1]), checkpoints.with_sums
 
     def flipped(*args):
         made = with_sums(*args)
         return made | {"state": made["state"] | {"gradients.mask": ~state.gradients["mask"]}}
 
-    monkeypatch.setattr(checkpoints, "_with_sums", flipped)
+    monkeypatch.setattr(checkpoints, "with_sums", flipped)
     saved(tmp_path, [2])
     params, progress = Checkpoints(tmp_path, Checkpoint()).restore_params(state.params)
     assert progress.step == 1
@@ -325,9 +320,9 @@ def test_what_went_wrong_in_the_background_is_said_at_the_next_save_or_the_end(
     tmp_path, no_room, then
 ):
     checkpoints, state = Checkpoints(tmp_path, Checkpoint()), make_state(size=2000)
-    checkpoints.save(state, Progress(step=1))
+    checkpoints.save(state, TrainProgress(step=1))
     with pytest.raises(RunError, match=f"the checkpoint of step 1 can't be written to {tmp_path}"):
-        checkpoints.close() if then == "close" else checkpoints.save(state, Progress(step=2))
+        checkpoints.close() if then == "close" else checkpoints.save(state, TrainProgress(step=2))
     no_room()
     checkpoints.close()
     assert saved_steps(tmp_path) == []

@@ -27,15 +27,16 @@ from typer.testing import CliRunner
 from jaxreset import cli, config_file
 from jaxreset.config_file import load_config
 from jaxreset.errors import RunError
-from jaxreset.learning.update import init_state, make_optimizer
+from jaxreset.learning.learner import TrainProgress
+from jaxreset.learning.optimizer import make_optimizer
+from jaxreset.learning.update import init_state
 from jaxreset.models.adapters import trained
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import load_policy
-from jaxreset.run import finished as run_results
 from jaxreset.run import loop
-from jaxreset.run.checkpoints import Checkpoints, Progress
+from jaxreset.run.checkpoints import Checkpoints
 from jaxreset.run.compiles import compiles
-from jaxreset.run.experiment import make_experiment
+from jaxreset.run.experiment import Experiment
 from jaxreset.run.folder import RunFolder
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask
@@ -214,15 +215,15 @@ def test_there_is_nothing_to_evaluate_or_export_without_a_run(jaxreset, tmp_path
 def finished(folder, *overrides):
     """A run folder with a checkpoint of step 3, all trained parameters changed by a thousandth."""
     config = load_config(QUICKSTART, [*TINY.split(), f"run.dir={folder}", *overrides])
-    experiment = make_experiment(config)
+    experiment = Experiment(config)
     params, frozen = trained(experiment.adapted(experiment.policy).params)
-    state = init_state(params, make_optimizer(config.optimizer, config.train.steps))
+    state = init_state(params, make_optimizer(config.optimizer.make(config.train.steps)))
     learnt = jax.tree.map(lambda x: x * 1.001 + 1e-5, state.params)
     run = RunFolder(config)
     run.check_writable()
     run.claim()
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
-    checkpoints.save(state._replace(params=learnt), Progress(step=3, version=5))
+    checkpoints.save(state._replace(params=learnt), TrainProgress(step=3, version=5))
     checkpoints.close()
     return nnx.merge_state(learnt, frozen)
 
@@ -258,7 +259,7 @@ def test_a_run_is_evaluated_and_exported_without_its_optimizer(
                                                  "greedy_accuracy", "problems")}  # fmt: skip
 
     monkeypatch.setattr(ocp, "load_checkpointables", spy)
-    monkeypatch.setattr(run_results, "evaluations", evaluations)
+    monkeypatch.setattr(Experiment, "evaluate", evaluations)
     jaxreset("eval", f"run.dir={tmp_path}/run")
     jaxreset("export", f"run.dir={tmp_path}/run", output=[f"{tmp_path}/out"])
     assert len(peaks) > 4
@@ -310,7 +311,7 @@ def test_a_full_disk_is_one_message(jaxreset, model, tmp_path, monkeypatch):
     def full(config):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{tmp_path}/run/metrics.jsonl")
 
-    monkeypatch.setattr(loop, "make_experiment", full)
+    monkeypatch.setattr(loop, "Experiment", full)
     shown = jaxreset("train", f"run.dir={tmp_path}/run", code=1)
     assert (
         f"can't be written to {tmp_path}/run/metrics.jsonl: No space left on device (5.0 B" in shown

@@ -12,10 +12,12 @@ import yaml
 from scripted import PROBLEMS, TASK, ScriptedRounds, decode, prompts
 
 from jaxreset.config_file import dump_config, load_config, parse_config
-from jaxreset.resets.localize import PolicyLocalizer, truncate
-from jaxreset.run.evaluate import evaluations
-from jaxreset.run.experiment import _localizer, make_plan
+from jaxreset.planning.shapes import run_shapes
+from jaxreset.resets.localize import PolicyLocalizer
+from jaxreset.run.experiment import Experiment
+from jaxreset.run.parts import make_localizer
 from jaxreset.sampling import tokens
+from jaxreset.sampling.weighing import truncate
 
 DRAWN = {"temperature": 0.7, "top_p": 0.95, "top_k": 20}
 
@@ -52,10 +54,12 @@ def test_evaluation_draws_as_configured_and_greedily(given):
         sampler=Evaluated(rounds),
         task=TASK,
         decode=decode,
-        collector=SimpleNamespace(interrupt=lambda: None, keep_errors=lambda errors: None),
+        collector=SimpleNamespace(
+            score=TASK.score, interrupt=lambda: None, keep_errors=lambda errors: None
+        ),
         test_prompts=lambda: prompts(0, 1, 2),
     )
-    record = evaluations(experiment, SimpleNamespace(version=0), 4)
+    record = Experiment.evaluate(experiment, SimpleNamespace(version=0), 4)
     sampled, greedy = rounds.calls[:2], rounds.calls[2:]
     expected = {"temperature": 1.0, "top_p": 0.95, "top_k": 20} | given
     assert [call.options for call in sampled] == [expected] * 2
@@ -91,8 +95,8 @@ def test_every_localizer_draws_as_configured(policy32, mode, given):
     config = parse_config(
         {"sampling": DRAWN, "reset": {"localizer": {"mode": mode, **given}}, "run": {"dir": "x"}}
     )
-    plan = make_plan(config, config.make_objective())
-    made = _localizer(config, plan, TASK, policy32, None)
+    shapes = run_shapes(config, config.make_objective())
+    made = make_localizer(config, shapes, TASK, policy32, None)
     expected = {"temperature": 0.3, "top_p": 0.95, "top_k": 20} | given
     if isinstance(made, PolicyLocalizer):
         assert made._draw == {"rows": 1} | expected

@@ -21,8 +21,9 @@ from jaxreset.models.encoding import (
     continuation_tokens,
     fill_chat,
     prompt_tokens,
+    question_tokens,
 )
-from jaxreset.resets.localize import PolicyLocalizer, ScoringLocalizer, encode_question
+from jaxreset.resets.localize import PolicyLocalizer, ScoringLocalizer
 from jaxreset.resets.rules import Failure
 from jaxreset.run import folder as run_folder
 from jaxreset.run.folder import RunFolder
@@ -173,7 +174,7 @@ def test_a_chat_template_is_told_the_day(template, monkeypatch):
         assert "31" in fill_chat(tokenizer, messages, {}) or "30" in fill_chat(
             tokenizer, messages, {}
         )
-    asked = encode_question(tokenizer, "hi", variables)
+    asked = question_tokens(tokenizer, "hi", variables)
     assert spelt(tokenizer, asked) == DAYS[template]
 
 
@@ -181,7 +182,7 @@ def test_the_thinking_switch_reaches_the_template():
     tokenizer = characters(chat="{{ enable_thinking is defined }}{{ enable_thinking }}")
     for switch, shown in ((None, "False"), (True, "TrueTrue"), (False, "TrueFalse")):
         variables = chat_variables(enable_thinking=switch)
-        assert spelt(tokenizer, encode_question(tokenizer, "hi", variables)) == shown
+        assert spelt(tokenizer, question_tokens(tokenizer, "hi", variables)) == shown
 
 
 def test_a_run_keeps_the_day_on_which_it_started(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -31,10 +32,14 @@ def reference(rewards, scale):
         return centred
     if scale == "sample_std":
         return centred / (np.std(rewards, ddof=1) + 1e-6)
+    if scale == "loo":
+        return centred * len(rewards) / (len(rewards) - 1)
+    if scale == "mean":
+        return centred / np.mean(rewards)
     return centred / np.std(rewards) if np.std(rewards) > 1e-8 else 0 * centred
 
 
-@pytest.mark.parametrize("scale", ["std", "sample_std", "none"])
+@pytest.mark.parametrize("scale", ["std", "sample_std", "mean", "loo", "none"])
 def test_groups_of_one_number_are_normalised_together(scale):
     first, second = [1.0, 0.0, 0.25, 1.0], [0.0, 0.0, 0.0, 1.0]
     groups = [
@@ -145,7 +150,7 @@ def test_cut_responses_can_lose_reward_or_their_advantage():
     np.testing.assert_allclose(uncut.advantages, [0.5, -0.5])
 
 
-@pytest.mark.parametrize("scale", ["std", "sample_std", "none"])
+@pytest.mark.parametrize("scale", ["std", "sample_std", "mean", "loo", "none"])
 @repeatable
 @given(
     reward=st.floats(-1e3, 1e3),
@@ -171,7 +176,7 @@ def test_nobody_has_an_advantage_where_all_are_masked():
     assert not made.has_signal
 
 
-@pytest.mark.parametrize("scale", ["std", "sample_std", "none"])
+@pytest.mark.parametrize("scale", ["std", "sample_std", "mean", "loo", "none"])
 def test_rewards_that_came_to_be_equal_by_other_sums_are_equal(scale):
     sums = group([0.1 + 0.2, 0.3, 0.6 - 0.3, 3 * 0.1])
     assert len(set(sums.rewards)) > 1
@@ -187,3 +192,67 @@ def test_rewards_that_lie_near_keep_their_difference():
     advantages([near, large])
     np.testing.assert_allclose(near.advantages, reference([0, 1, 1, 2], "std"), atol=1e-4)
     np.testing.assert_allclose(large.advantages, reference([0, 1, 0, 0], "std"), atol=1e-6)
+
+
+def test_rewards_over_their_mean_are_not_moved_first():
+    apart = group([3.0, 1.0, 2.0, 2.0])
+    advantages([apart], "mean")
+    np.testing.assert_allclose(apart.advantages, [0.5, -0.5, 0, 0], rtol=1e-6)
+
+
+def test_signal_is_that_of_tokens_where_they_have_their_own():
+    made = group([1.0, 0.0])
+    advantages([made])
+    made.token_advantages = [np.zeros(1), np.zeros(1)]
+    assert not made.has_signal
+    made.token_advantages[1][0] = np.nan
+    advantages([made])
+    assert made.has_signal
+    level = group([1.0, 1.0])
+    level.token_advantages = [np.array([0.0, 0.5]), np.zeros(1)]
+    advantages([level])
+    assert level.has_signal
+
+
+def test_a_function_in_place_of_a_scale():
+    traced = []
+
+    def over_best(rewards, *, where):
+        traced.append(rewards.shape)
+        best = jnp.max(rewards, axis=-1, keepdims=True, initial=-jnp.inf, where=where)
+        return jnp.where(where, rewards - best, jnp.nan)  # padding isn't read
+
+    for _ in range(2):
+        first, second, other = group([1.0, 3.0]), group([5.0]), group([2.5, 2.5], prompt=1)
+        advantages([first, other, second], over_best)
+        assert traced == [SIZE]  # compiled once
+        assert np.concatenate([first.advantages, second.advantages]).tolist() == [-4, -2, 0]
+        assert not other.has_signal
+        assert first.advantages.dtype == np.float32
+
+
+def test_a_function_meets_rewards_as_they_are():
+    """But for rounding: those that are equal in all but float64's last digits stay so."""
+
+    def same(rewards, *, where):
+        return rewards
+
+    sums, odd = group([0.1 + 0.2, 0.3, 1.5]), group([np.inf, 1.0], prompt=1)
+    set_advantages([sums, odd], scale=same, size=SIZE, cut_penalty=0.25)
+    assert sums.advantages.tolist() == [np.float32(0.3), np.float32(0.3), 1.5]
+    sums.cut = np.array([False, False, True])
+    set_advantages([sums], scale=same, size=SIZE, cut_penalty=0.25)
+    assert sums.advantages[2] == 1.25
+    assert np.isnan(odd.advantages).all()
+
+
+def test_a_functions_result_of_another_shape_is_refused():
+    def baseline(rewards, *, where):
+        return rewards.mean(-1)
+
+    with pytest.raises(
+        ValueError, match=r"result of scale=baseline has shape \(6,\), expected \(6, 8\)"
+    ):
+        advantages([group([1.0, 0.0])], baseline)
+    with pytest.raises(ValueError, match="scale must be one of"):
+        advantages([group([1.0, 0.0])], "max")

@@ -13,9 +13,9 @@ from test_update import SMALL, TEMPERATURE, assert_close, leaves, random_groups
 
 from jaxreset.config import Optimizer
 from jaxreset.config_file import parse_config
+from jaxreset.learning.form import LossForm
 from jaxreset.learning.learner import Learner, Minibatch, turns
-from jaxreset.learning.update import LossForm, learning_rate, make_optimizer
-from jaxreset.run.experiment import loss_form
+from jaxreset.learning.optimizer import learning_rate, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("hasty")
 repeatable = settings(derandomize=True, deadline=None, max_examples=100)
@@ -33,8 +33,7 @@ def new_learner(policy, *, optimizer=None, **train):
         }
     )
     policy = policy.with_params(jax.tree.map(jnp.array, policy.params), 0)
-    made = make_optimizer(config.optimizer, config.optimizer_steps)
-    return Learner(config, policy, made, loss_form(config), [SMALL])
+    return Learner(config.make_learner_settings(), policy, config.loss.make(), [SMALL])
 
 
 def learn(learner, groups, prompts=4):
@@ -129,9 +128,9 @@ def test_what_an_earlier_minibatch_left_is_in_the_next_update_once(policy64):
 
 
 def rates(optimizer, steps, places):
-    config = Optimizer(learning_rate=0.5, **optimizer)
+    settings = Optimizer(learning_rate=0.5, **optimizer).make(steps)
     made = [
-        learning_rate(np.int32(updates), np.int32(position), config=config, steps=steps)
+        learning_rate(np.int32(updates), np.int32(position), settings=settings)
         for updates, position in places
     ]
     return np.array(made)
@@ -176,7 +175,7 @@ def test_the_learner_follows_the_schedule_through_minibatches_and_epochs(policy6
         "min_signal_groups": least,
     }
     learner = new_learner(policy64, **options)
-    assert learner.config.optimizer_steps == 12
+    assert learner.settings.optimizer.steps == 12
     shown = []
     for step in range(3):
         if step == 2:  # as from a checkpoint
@@ -184,8 +183,8 @@ def test_the_learner_follows_the_schedule_through_minibatches_and_epochs(policy6
         metrics = learn(learner, random_groups(4, seed=step))
         assert metrics["optimizer_steps"] == ([0, 1, 1][step] if least else 4)
         shown.append(metrics["learning_rate"])
-    config = learner.config.optimizer
-    expected = [learning_rate(np.int32(a), np.int32(b), config=config, steps=12) for a, b in places]
+    settings = learner.settings.optimizer
+    expected = [learning_rate(np.int32(a), np.int32(b), settings=settings) for a, b in places]
     np.testing.assert_allclose(shown, expected, rtol=1e-6)
     again = new_learner(policy64, **options)
     again.state, again.progress = saved
@@ -197,8 +196,7 @@ def test_an_update_is_scaled_by_the_rate_of_its_position():
     """AdamW at a constant rate gives the step of rate 1, and the schedule's share of it is taken."""
     params = {"w": jnp.arange(1.0, 4.0)}
     gradient = {"w": jnp.array([0.1, -0.2, 0.3])}
-    config = Optimizer(learning_rate=0.5, schedule="linear")
-    optimizer = make_optimizer(config, 10)
+    optimizer = make_optimizer(Optimizer(learning_rate=0.5, schedule="linear").make(10))
     plain = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(1.0, b1=0.9, b2=0.999, weight_decay=0.01)
     )
@@ -219,7 +217,7 @@ def test_the_state_is_the_one_that_runs_have_saved(schedule):
     saved = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1.0))
     ).init(params)
-    ours = make_optimizer(Optimizer(schedule=schedule), 10).init(params)
+    ours = make_optimizer(Optimizer(schedule=schedule).make(10)).init(params)
     assert jax.tree.structure(ours) == jax.tree.structure(saved)
     assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, saved)
 
@@ -233,7 +231,7 @@ def test_a_ratio_that_would_count_twice_is_refused():
     LossForm(clip=0.2, importance_cap=2.0, recompute=True)
     LossForm(importance_cap=2.0)
     values = {"loss": {"clip": 0.2, "importance_cap": 2.0, "ratio_to": "trainer"}}
-    assert loss_form(parse_config(values)).recompute
+    assert parse_config(values).loss.make().recompute
 
 
 def test_the_papers_clip_counts_as_one():

@@ -21,8 +21,9 @@ from safetensors.numpy import load_file
 
 from jaxreset.models import huggingface, reading
 from jaxreset.models.block import DecoderConfig
+from jaxreset.models.placement import param_shardings
 from jaxreset.models.policy import load_policy
-from jaxreset.parallel import make_mesh, param_shardings
+from jaxreset.parallel import make_mesh
 from jaxreset.run.compiles import compiles
 
 SIZES = DecoderConfig(vocab=40, layers=3, width=24, heads=8, kv_heads=2, head_dim=4, mlp=16)

@@ -21,8 +21,9 @@ from safetensors.numpy import load_file
 
 from jaxreset.models.adapters import rounding_loss, trained
 from jaxreset.models.lora import LINEAR, LoRA
+from jaxreset.models.placement import param_shardings
 from jaxreset.models.policy import load_policy
-from jaxreset.parallel import make_mesh, param_shardings
+from jaxreset.parallel import make_mesh
 from jaxreset.sampling import Stream
 
 TOKENS = np.random.default_rng(0).integers(0, 28, (2, 9))

@@ -16,7 +16,7 @@ from jaxreset import losses
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=60)
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
-SCALES = ["std", "sample_std", "none"]
+SCALES = ["std", "sample_std", "mean", "loo", "none"]
 advantages = jax.jit(losses.group_advantages, static_argnames="scale")
 
 
@@ -62,8 +62,48 @@ def test_advantages_are_those_of_exact_arithmetic(rewards, size):
         found = advantages(poisoned, where=where, scale=scale)
         np.testing.assert_allclose(found[:size], right, rtol=1e-4, atol=1e-6)
         assert not found[size:].any()
-    found = advantages(poisoned, where=where, scale="none")[:size]
-    np.testing.assert_allclose(found, centred, atol=1e-6 * np.ptp(exact))
+    others = size / (size - 1) if size > 1 else 1.0
+    for scale, right in {"none": centred, "loo": centred * others}.items():
+        found = advantages(poisoned, where=where, scale=scale)
+        np.testing.assert_allclose(found[:size], right, atol=2e-6 * np.ptp(exact))
+        assert not found[size:].any()
+
+
+@repeatable
+@given(rewards=st.lists(REWARDS, min_size=6, max_size=6), size=st.integers(1, 6), data=st.data())
+def test_advantages_over_the_mean_are_those_of_exact_arithmetic(rewards, size, data):
+    """And nobody has one where the mean isn't above 0."""
+    rewards, where = np.float32(rewards), np.arange(6) < size
+    if data.draw(st.booleans()):
+        rewards = np.abs(rewards)
+    exact = rewards[:size].astype(np.float64)
+    mean, most = exact.mean(), np.abs(exact).max()
+    found = advantages(np.where(where, rewards, np.nan), where=where, scale="mean")
+    assert np.isfinite(found).all()
+    assert not found[size:].any()
+    if exact.min() >= 0 and np.ptp(exact) > 1e-30:
+        np.testing.assert_allclose(found[:size], exact / mean - 1, rtol=1e-4, atol=2e-6)
+    elif mean > 0.01 * most and np.ptp(exact) > 1e-30:
+        np.testing.assert_allclose(found[:size], exact / mean - 1, rtol=1e-3, atol=1e-3)
+    elif mean < -1e-6 * most or np.ptp(exact) == 0:
+        assert not found.any()
+
+
+@pytest.mark.parametrize("rewards", [[-0.1, 0.2, -0.1], [0.1, 0.2, -0.3], [-1, 1, 0], [-3, 1, 1]])
+def test_a_mean_that_is_rounding_alone_divides_nothing(rewards):
+    for dtype in ("float32", "float64"):
+        with jax.enable_x64(dtype == "float64"):
+            assert not advantages(jnp.array(rewards, dtype), scale="mean").any()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@repeatable
+@given(rewards=st.lists(REWARDS, min_size=6, max_size=6), data=st.data())
+def test_advantages_move_with_their_rewards(scale, rewards, data):
+    rewards, order = np.abs(np.float32(rewards)), data.draw(st.permutations(range(6)))
+    found = np.asarray(advantages(rewards, scale=scale))
+    moved = advantages(rewards[list(order)], scale=scale)
+    np.testing.assert_allclose(moved, found[list(order)], rtol=1e-5, atol=1e-6 * abs(found).max())
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -71,12 +111,15 @@ def test_advantages_have_the_gradient_of_their_formula(scale):
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         rewards, weights = rng.normal(size=(2, 3, 5))
+        rewards = abs(rewards)
 
         def plain(x):
             centred = x - x.mean(-1, keepdims=True)
             divisors = {
                 "std": jnp.std(x, -1, keepdims=True),
                 "sample_std": jnp.std(x, -1, keepdims=True, ddof=1) + 1e-6,
+                "mean": x.mean(-1, keepdims=True),
+                "loo": 4 / 5,
                 "none": 1,
             }
             return (weights * centred / divisors[scale]).sum()
@@ -85,7 +128,8 @@ def test_advantages_have_the_gradient_of_their_formula(scale):
             return (weights * losses.group_advantages(x, scale=scale)).sum()
 
         np.testing.assert_allclose(jax.grad(ours)(rewards), jax.grad(plain)(rewards), atol=1e-12)
-        assert np.isfinite(jax.grad(ours)(jnp.full((3, 5), 0.7))).all()
+        for odd in (jnp.full((3, 5), 0.7), jnp.zeros((3, 5)), -rewards):
+            assert np.isfinite(jax.grad(ours)(odd)).all()
 
 
 def test_rewards_of_other_kinds():
@@ -93,11 +137,17 @@ def test_rewards_of_other_kinds():
     np.testing.assert_allclose(
         losses.group_advantages(np.array([[3, 1], [2, 2]])), [[1, -1], [0, 0]]
     )
+    for scale, right in {"mean": [1, -1, 0], "loo": [1.5, -1.5, 0]}.items():
+        np.testing.assert_allclose(advantages(np.array([2, 0, 1]), scale=scale), right, atol=1e-6)
     half = advantages(jnp.array([6e4, 0, 0, 0], jnp.float16))  # squares overflow
     np.testing.assert_allclose(half, np.array([3, -1, -1, -1]) / np.sqrt(3), rtol=1e-3)
-    odd = advantages(jnp.array([[0, jnp.inf], [jnp.inf] * 2, [jnp.nan, 1], [1, 0]]))
-    assert np.isnan(odd[:3]).all()
-    np.testing.assert_allclose(odd[3], [1, -1])
+    for scale in SCALES:
+        odd = advantages(
+            jnp.array([[0, jnp.inf], [jnp.inf] * 2, [jnp.nan, 1], [1, 0]]), scale=scale
+        )
+        assert np.isnan(odd[:3]).all()
+        right = 0.5 if scale == "none" else 0.5**0.5 if scale == "sample_std" else 1
+        np.testing.assert_allclose(odd[3], [right, -right], rtol=1e-5)
     for rewards, where in (
         (0.5, None),
         (np.ones(4), np.ones((2, 4))),
@@ -236,6 +286,22 @@ def test_padding_of_every_array_is_inert(chain, seed):
         np.testing.assert_array_equal(one, other)
 
 
+def test_padding_of_advantages_of_tokens_is_inert():
+    logps, mask = (
+        jnp.array([[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]]),
+        np.array([[1, 1, 0], [0] * 3]),
+    )
+
+    @jax.value_and_grad
+    def run(logps, advantages):
+        return losses.policy_loss(logps, advantages, mask)[0]
+
+    for odd in (0.0, np.nan, np.inf):
+        loss, gradient = run(logps, np.array([[1, -2, odd], [odd] * 3], np.float32))
+        np.testing.assert_array_equal(loss, (1.0 * 1 - 2 * 2) / 2 / 2)
+        np.testing.assert_array_equal(gradient, [[-0.25, 0.5, 0], [0, 0, 0]])
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_a_divergence_without_a_mask_has_no_gradient_on_padding_either(estimator):
     logps, mask = jnp.array([-1.0, -2.0, -3.0, -jnp.inf]), np.array([1, 0, 0, 0])
@@ -276,10 +342,11 @@ def test_tokens_are_counted_and_summed_in_float32(dtype, count, aggregation):
 @pytest.mark.parametrize(
     ("name", "values", "shapes"),
     [
-        ("advantages", np.ones((2, 1)), ["(2, 1)", "(2,)"]),
-        ("advantages", np.ones((2, 3)), ["(2, 3)", "(2,)"]),
-        ("advantages", 1.0, ["()", "(2,)"]),
-        ("advantages", np.ones(3), ["(3,)", "(2,)"]),
+        ("advantages", np.ones((2, 1)), ["(2, 1)", "(2,)", "(2, 3)"]),
+        ("advantages", np.ones((1, 3)), ["(1, 3)", "(2,)", "(2, 3)"]),
+        ("advantages", np.ones((1, 2, 3)), ["(1, 2, 3)", "(2,)", "(2, 3)"]),
+        ("advantages", 1.0, ["()", "(2,)", "(2, 3)"]),
+        ("advantages", np.ones(3), ["(3,)", "(2,)", "(2, 3)"]),
         ("mask", np.ones(3, bool), ["(3,)", "(2, 3)"]),
         ("mask", np.ones((1, 2, 3), bool), ["(1, 2, 3)", "(2, 3)"]),
         ("mask", True, ["()", "(2, 3)"]),

@@ -95,7 +95,7 @@ def test_microbatches_sum_to_the_minibatch_and_padding_is_inert(aggregation, cli
     np.testing.assert_allclose(dirty_grad, whole_grad, atol=0)
 
 
-@pytest.mark.parametrize("scale", ["std", "sample_std", "none"])
+@pytest.mark.parametrize("scale", ["std", "sample_std", "mean", "loo", "none"])
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10_000), size=st.integers(2, 6), padding=st.integers(0, 3))
 def test_masked_group_equals_the_subset(scale, seed, size, padding):
@@ -229,14 +229,27 @@ def test_unknown_estimator_is_refused():
         losses.kl_penalty(jnp.zeros(2), jnp.zeros(2), estimator="k4")
 
 
+def test_the_mean_of_the_group_and_that_of_the_others():
+    """By hand: MaxRL's (r - mean) / mean, and RLOO's r minus the mean of the others."""
+    rewards = np.array([[1.0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    over_mean = losses.group_advantages(rewards, scale="mean")
+    expected = [[3, -1, -1, -1], [1 / 3] * 3 + [-1], [0] * 4, [0] * 4]
+    np.testing.assert_allclose(over_mean, expected, rtol=1e-6)
+    others = (rewards.sum(-1, keepdims=True) - rewards) / 3
+    left_out = losses.group_advantages(rewards, scale="loo")
+    np.testing.assert_allclose(left_out, rewards - others, rtol=1e-6)
+    assert losses.group_advantages(jnp.ones(1), scale="loo") == 0
+
+
 def test_unknown_scale_is_refused():
     with pytest.raises(ValueError, match="scale must be"):
         losses.group_advantages(jnp.zeros(4), scale="max")
 
 
-def test_losses_import_neither_transformers_nor_grain():
-    code = (
-        "import sys, jaxreset.losses; print({'transformers', 'grain', 'flax'} & set(sys.modules))"
-    )
+def test_losses_import_nothing_else_of_ours_nor_of_what_trainers_need():
+    code = "import sys, jaxreset.losses; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    loaded = done.stdout.split()
+    assert not {"transformers", "grain", "flax", "optax"} & set(loaded)
+    ours = {name for name in loaded if name.split(".")[0] == "jaxreset"}
+    assert {name for name in ours if not name.startswith("jaxreset.losses")} == {"jaxreset"}

@@ -16,11 +16,13 @@ from model_helpers import fixture_folder, random_policy
 from test_sampling import assert_rounds_equal as assert_equal
 
 from jaxreset.groups import Group
+from jaxreset.learning.form import LossForm
 from jaxreset.learning.microbatches import PackShape, pack
-from jaxreset.learning.update import LossForm, accumulate
+from jaxreset.learning.update import accumulate
 from jaxreset.models import huggingface
+from jaxreset.models.placement import param_shardings
 from jaxreset.models.policy import load_policy
-from jaxreset.parallel import check_sizes, make_mesh, param_shardings, rows_sharding
+from jaxreset.parallel import check_sizes, make_mesh, rows_sharding
 from jaxreset.run.compiles import compiles
 from jaxreset.sampling import Sampler, Shape, Snapshot, StopRules, Stream
 from jaxreset.sampling.programs import Programs

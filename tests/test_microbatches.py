@@ -28,14 +28,17 @@ def make_group(rng, prefix, lengths):
 
 @st.composite
 def ragged_groups(draw):
-    """A group that a bin of `SHAPES` holds."""
+    """A group that a bin of `SHAPES` holds, with advantages of rows or of tokens."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     lengths = draw(st.lists(st.integers(0, 9), min_size=1, max_size=8))
-    return make_group(rng, draw(st.integers(1, 21)), lengths)
+    group = make_group(rng, draw(st.integers(1, 21)), lengths)
+    if draw(st.booleans()):
+        group.token_advantages = [rng.uniform(0.1, 2, n).astype(np.float32) for n in lengths]
+    return group
 
 
 def unpacked(batch: GroupBatch) -> list[tuple]:
-    """Every suffix: its input as one sequence, targets, log-probabilities and advantage."""
+    """Every suffix: its input as one sequence, targets, log-probabilities and advantages."""
     packing, found = batch.packing, []
     for i, c in np.argwhere(batch.lengths):
         length = batch.lengths[i, c]
@@ -53,7 +56,7 @@ def unpacked(batch: GroupBatch) -> list[tuple]:
                 [*batch.prefix[i, mine].tolist(), *batch.rows[cells].tolist()],
                 batch.targets[cells].tolist(),
                 batch.behavior_logps[i, c, :length].tolist(),
-                float(batch.advantages[i, c]),
+                batch.advantages[i, c, :length].tolist(),
             )
         )
     return found
@@ -62,9 +65,14 @@ def unpacked(batch: GroupBatch) -> list[tuple]:
 def suffixes_of(groups) -> list[tuple]:
     """The same of groups: inputs are all tokens but the last."""
     return [
-        ([*g.prefix.tolist(), *s.tolist()[:-1]], s.tolist(), logps.tolist(), float(advantage))
+        ([*g.prefix.tolist(), *s.tolist()[:-1]], s.tolist(), logps.tolist(), advantages.tolist())
         for g in groups
-        for s, logps, advantage in zip(g.suffixes, g.behavior_logps, g.advantages, strict=True)
+        for s, logps, advantages in zip(
+            g.suffixes,
+            g.behavior_logps,
+            g.token_advantages or map(np.full, map(len, g.suffixes), g.advantages),
+            strict=True,
+        )
         if len(s)
     ]
 
@@ -81,13 +89,15 @@ def test_every_suffix_is_packed_once_behind_its_prefix_and_the_rest_is_zero(grou
         assert shape in SHAPES
         assert batch.prefix.shape == (n, shape.prefix)
         assert batch.targets.shape == (n, k, s)
-        assert batch.lengths.shape == batch.advantages.shape == batch.cells.shape[:2]
+        assert batch.lengths.shape == batch.cells.shape[:2]
+        assert batch.advantages.shape == batch.behavior_logps.shape == batch.cells.shape
         assert batch.slots == n * (shape.prefix + k * s)
         # All entries of a group are positive, so counting them counts what isn't padding.
         tokens = np.count_nonzero(batch.targets)
         for field in (batch.rows, batch.packing.groups, batch.packing.suffixes):
             assert np.count_nonzero(field) == tokens
         assert np.count_nonzero(batch.behavior_logps) == batch.lengths.sum() == tokens
+        assert np.count_nonzero(batch.advantages) == tokens
         assert np.count_nonzero(batch.prefix) == batch.tokens - tokens
     with_tokens = [g for g in groups if g.tokens]
     assert sum(b.tokens for b in batches) == sum(len(g.prefix) - 1 + g.tokens for g in with_tokens)
@@ -110,6 +120,16 @@ def test_a_group_that_no_bin_holds_is_refused_with_its_sizes(lengths, prefix):
     odd = make_group(np.random.default_rng(0), prefix, lengths)
     sizes = rf"\({len(lengths)}, {prefix}, {max(lengths)}\) fits in no bin of .*lanes=8"
     with pytest.raises(ValueError, match=sizes):
+        pack([odd], SHAPES)
+
+
+@pytest.mark.parametrize("shapes", [[(2,), (1,)], [(2,), (3, 1)], [(2,)], [(2,), ()]])
+def test_advantages_that_are_not_one_for_each_token_are_refused(shapes):
+    odd = make_group(np.random.default_rng(0), 2, [2, 3])
+    odd.token_advantages = [np.ones(shape) for shape in shapes]
+    with pytest.raises(
+        ValueError, match=r"token_advantages have shapes \[\(2,\).* of \[2, 3\] tokens"
+    ):
         pack([odd], SHAPES)
 
 

@@ -142,7 +142,7 @@ REFUSED = [
     chain("optimizer.learning_rate=inf", "optimizer.learning_rate", "finite", "got inf"),
     chain("sampling.temperature=0", "sampling.temperature", "greater than 0", "got 0"),
     chain("sampling.top_p=1.5", "sampling.top_p", "less than or equal to 1", "got 1.5"),
-    chain("objective=ppo", "objective", "'grpo', 'rrpo', 'srpo' or 'ladder'", "got 'ppo'"),
+    chain("objective=ppo", "no objective is called 'ppo'", "There are grpo, rrpo, srpo, ladder"),
     chain("reset.layout=4*4", "reset.layout=4*4", "expected B+K", "such as 4+4"),
     chain("reset.layout=4+1", "reset.layout=4+1", "a group needs at least 2 rollouts"),
     chain("objective=grpo reset.layout=0+1", "reset.layout=0+1", "at least 2 rollouts"),

@@ -28,19 +28,21 @@ from jaxreset import cli
 from jaxreset.config_file import DUMPED, load_config
 from jaxreset.errors import ConfigError, RunError
 from jaxreset.learning import learner as learner_module
-from jaxreset.learning.learner import Learner
-from jaxreset.learning.update import TrainState, init_state, make_optimizer
+from jaxreset.learning.learner import Learner, TrainProgress
+from jaxreset.learning.optimizer import make_optimizer
+from jaxreset.learning.update import TrainState, init_state
 from jaxreset.models.adapters import trained
 from jaxreset.models.policy import load_policy
 from jaxreset.reporting.curve import draw_curve
 from jaxreset.reporting.report import write_report
 from jaxreset.run import loop
-from jaxreset.run.checkpoints import Checkpoints, Progress, load_params, saved_steps
+from jaxreset.run.checkpoints import Checkpoints, saved_steps
 from jaxreset.run.endings import save_finished
-from jaxreset.run.experiment import make_experiment
+from jaxreset.run.experiment import Experiment
 from jaxreset.run.folder import RunFolder
 from jaxreset.run.lock import locked
 from jaxreset.run.loop import train
+from jaxreset.run.saved_arrays import load_params
 from jaxreset.sampling import Sampler, programs, schedule
 from jaxreset.tasks import pipeline
 from jaxreset.tasks.base import Scores
@@ -95,7 +97,7 @@ def rollouts(folder):
 def saved_state(result):
     """Everything of a run's last checkpoint, gradients waiting for an optimizer step included."""
     config = load_config(result.folder / "config.yaml")
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer.make(config.train.steps))
     checkpoints = Checkpoints(result.folder / "checkpoints", config.checkpoint)
     params, _ = trained(result.policy.params)
     return checkpoints.restore(init_state(params, optimizer))
@@ -183,7 +185,7 @@ def test_a_run_in_bfloat16_learns_from_resets(tmp_path):
 
 
 def new_params(config):
-    return [np.float32(x) for x in jax.tree.leaves(make_experiment(config).policy.params)]
+    return [np.float32(x) for x in jax.tree.leaves(Experiment(config).start_policy.params)]
 
 
 def test_a_verifier_that_fails_on_some_responses_does_not_end_a_run(tmp_path, monkeypatch):
@@ -561,13 +563,13 @@ def test_what_an_update_has_taken_is_not_saved(tmp_path, taken):
     config = tiny(tmp_path)
     state = TrainState({"w": jnp.ones(3)}, (), {"w": jnp.zeros(3)})
     checkpoints = Checkpoints(tmp_path / "checkpoints", config.checkpoint)
-    checkpoints.save(state, Progress(step=1))
+    checkpoints.save(state, TrainProgress(step=1))
     if taken is not None:
         getattr(state, taken)["w"].delete()
-    save_finished(checkpoints, state, Progress(step=2))
+    save_finished(checkpoints, state, TrainProgress(step=2))
     checkpoints.close()
     assert max(saved_steps(checkpoints.path)) == (1 if taken == "params" else 2)
-    waiting = Progress(step=3, normalizer=8.0)  # gradients of some groups
+    waiting = TrainProgress(step=3, normalizer=8.0)  # gradients of some groups
     save_finished(checkpoints, state, waiting)
     checkpoints.close()
     assert max(saved_steps(checkpoints.path)) == {None: 3, "gradients": 2, "params": 1}[taken]

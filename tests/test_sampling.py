@@ -19,7 +19,8 @@ from jaxreset.learning.update import exists, score
 from jaxreset.run.compiles import compiles
 from jaxreset.sampling import Sampler, Shape, Snapshot, StopReason, StopRules, Stream
 from jaxreset.sampling.checks import check_snapshots
-from jaxreset.steps import build_automaton, token_bytes
+from jaxreset.spelling import token_bytes
+from jaxreset.steps import build_automaton
 
 VOCAB = 28
 CUTS = 200

@@ -15,7 +15,8 @@ from test_sampling import assert_rounds_equal, random_prompts, random_snapshots
 
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.decoder import KV, Decoder
-from jaxreset.parallel import make_mesh, param_shardings
+from jaxreset.models.placement import param_shardings
+from jaxreset.parallel import make_mesh
 from jaxreset.run.compiles import compiles
 from jaxreset.sampling import Sampler, Shape, StopRules, Stream, decoding, schedule
 from jaxreset.sampling.decoding import Limits, decode

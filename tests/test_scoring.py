@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ def in_process(failing=(), *, nan=()):
             raise ZeroDivisionError("in the verifier")
         return Scores(np.array([np.nan if text in nan else 1.0 for _, text in items]), ())
 
-    return SimpleNamespace(score=score)
+    return score
 
 
 def test_a_task_that_raises_in_this_process_does_so_for_one_response():
@@ -45,7 +44,7 @@ def test_an_error_that_no_response_repeats_is_raised():
         return Scores(np.ones(len(items)), ())
 
     with pytest.raises(OSError, match="once"):
-        scoring.score_together(SimpleNamespace(score=score), items(*"abc"))
+        scoring.score_together(score, items(*"abc"))
     assert calls == [3, 1, 1, 1]
 
 
@@ -55,23 +54,26 @@ def test_an_error_for_the_user_is_passed_on(error):
         raise error
 
     with pytest.raises(type(error), match="no "):
-        scoring.score_together(SimpleNamespace(score=score), items(*"abc"))
+        scoring.score_together(score, items(*"abc"))
 
 
 def test_what_a_task_returns_is_checked():
-    task = SimpleNamespace(score=lambda items: Scores([1, None, "1", 1e300, True], (3,)))
-    scores = scoring.score_together(task, items(*"abcde"))
+
+    def score(items):
+        return Scores([1, None, "1", 1e300, True], (3,))
+
+    scores = scoring.score_together(score, items(*"abcde"))
     np.testing.assert_array_equal(scores.rewards, [1, 0, 0, 0, 1])
     assert scores.rewards.dtype == np.float64
     assert scores.errors == (1, 2, 3)
     with pytest.raises(RunError, match="5 rewards for 4 responses"):
-        scoring.score_together(task, items(*"abcd"))
+        scoring.score_together(score, items(*"abcd"))
 
 
 def test_several_processes_tell_one_another_what_failed(monkeypatch):
     """As process 1 of two, which scores the second half."""
     monkeypatch.setattr(scoring, "own_share", lambda count: range(count // 2, count))
-    theirs = [[(0.5, True, False), (0.0, False, True)], ["ValueError: there"]]
+    theirs = [[(0.5, True, False, {}), (0.0, False, True, {})], ["ValueError: there"]]
     monkeypatch.setattr(scoring, "gather", lambda ours: [*theirs.pop(0), *ours])
     scores = scoring.score_together(in_process({"c"}), items(*"abcd"))
     np.testing.assert_array_equal(scores.rewards, [0.5, 0, 0, 1])

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxreset import steps
+from jaxreset.spelling import token_bytes
 
 THOUGHT, BOXED = "</thought>", "\\boxed{"
 DELIMITERS = (THOUGHT, "\n", "\n\n", "aab")
@@ -133,7 +134,7 @@ def byte_level():
 
 @pytest.fixture(scope="module")
 def bpe_vocab(byte_level):
-    return steps.token_bytes(byte_level)
+    return token_bytes(byte_level)
 
 
 # All bytes, then tokens that hold the end of one step and the start of the next, and worse.
@@ -443,9 +444,9 @@ def test_special_and_added_tokens(byte_level, bpe_vocab):
 
 def test_what_becomes_special_later_has_no_bytes():
     tokenizer = fast(models.WordLevel({"a": 0, "b": 1}), decoder=decoders.Fuse())
-    assert steps.token_bytes(tokenizer) == [b"a", b"b"]
+    assert token_bytes(tokenizer) == [b"a", b"b"]
     tokenizer.eos_token = "b"
-    assert steps.token_bytes(tokenizer) == [b"a", b""]
+    assert token_bytes(tokenizer) == [b"a", b""]
 
 
 def with_tags(byte_level, *tags):
@@ -471,7 +472,7 @@ def test_a_delimiter_that_is_a_special_token_is_found_by_its_id(byte_level, deli
     tokenizer = with_tags(byte_level, THOUGHT, "<end>")
     tokens = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.convert_tokens_to_ids(THOUGHT) in tokens
-    vocab = steps.token_bytes(tokenizer)
+    vocab = token_bytes(tokenizer)
     automaton = steps.build_automaton(vocab, delimiter=delimiter)
     eos = [tokenizer.eos_token_id]
     spans = steps.split_steps(automaton, tokens, max_step_tokens=99, eos_ids=eos)
@@ -484,7 +485,7 @@ def test_a_delimiter_that_is_a_special_token_is_found_by_its_id(byte_level, deli
 def test_markers_and_stop_strings_that_are_special_tokens_are_found_by_their_ids(byte_level):
     tokenizer = with_tags(byte_level, "<answer>", "<|im_end|>")
     stops = ["<|im_end|>", "<|pad|>", "x<eos>"]  # a stop string may be a token that is no text
-    vocab = steps.token_bytes(tokenizer, stop_strings=stops)
+    vocab = token_bytes(tokenizer, stop_strings=stops)
     automaton = steps.build_automaton(
         vocab, delimiter="\n", answer_marker="<answer>", stop_strings=stops
     )
@@ -498,13 +499,13 @@ def test_markers_and_stop_strings_that_are_special_tokens_are_found_by_their_ids
         "<eos>",
     ]
     assert rows[-1][4]
-    assert steps.token_bytes(tokenizer)[tokenizer.pad_token_id] == b""
+    assert token_bytes(tokenizer)[tokenizer.pad_token_id] == b""
 
 
 def test_byte_level_entries_that_spell_no_bytes_are_their_own_text():
     entries = {"Ġa": 0, "數": 1, "é數": 2}  # as the decoder does: all of the entry or none
     tokenizer = fast(models.WordLevel(entries), decoder=decoders.ByteLevel())
-    vocab = steps.token_bytes(tokenizer)
+    vocab = token_bytes(tokenizer)
     assert vocab == [b" a", "數".encode(), "é數".encode()]
     assert decode(tokenizer, [1, 0, 2]) == (vocab[1] + vocab[0] + vocab[2]).decode()
 
@@ -515,7 +516,7 @@ def test_byte_level_is_seen_in_nested_sequences_and_without_a_decoder(byte_level
     plain = bpe_vocab[:600]
     for decoder in (nested, None):
         tokenizer = fast(model, pre_tokenizer=before, decoder=decoder, eos_token="<eos>")
-        assert steps.token_bytes(tokenizer) == plain
+        assert token_bytes(tokenizer) == plain
 
 
 METASPACE = {"<unk>": b"", "▁the": b" the", "▁": b" ", "▁▁": b"  ", "end": b"end"}
@@ -533,7 +534,7 @@ def test_replaced_spaces_and_byte_fallback():
         added=["\n\n", "▁x"],
         unk_token="<unk>",
     )
-    vocab = steps.token_bytes(tokenizer)
+    vocab = token_bytes(tokenizer)
     assert vocab == [*entries.values(), b"\n\n", "▁x".encode()]
     spelled = ["end", "▁the", "<0x0A>", "<0xC3>", "<0xA9>", "▁▁", "\n\n", "<unk>", "<0xG0>", "▁"]
     tokens = tokenizer.convert_tokens_to_ids(spelled)
@@ -548,7 +549,7 @@ def test_replaced_spaces_and_byte_fallback():
 def test_metaspace(component):
     model = models.Unigram([(token, -1.0) for token in METASPACE], unk_id=0)
     tokenizer = fast(model, unk_token="<unk>", **component)
-    assert steps.token_bytes(tokenizer) == list(METASPACE.values())
+    assert token_bytes(tokenizer) == list(METASPACE.values())
 
 
 def test_character_tokenizer_with_gaps_in_its_ids():
@@ -561,7 +562,7 @@ def test_character_tokenizer_with_gaps_in_its_ids():
         pad_token="<pad>",
         unk_token="<unk>",
     )
-    vocab = steps.token_bytes(tokenizer)
+    vocab = token_bytes(tokenizer)
     assert len(vocab) == 62
     assert vocab[60] == vocab[61] == vocab[0] == b""
     text = "1+2=3\n3+é=Ġ\n\\boxed{3}\n"
@@ -576,10 +577,10 @@ def test_character_tokenizer_with_gaps_in_its_ids():
 
 def test_tokenizers_whose_tokens_have_no_bytes_of_their_own_are_refused():
     with pytest.raises(TypeError, match="ByT5Tokenizer is slow"):
-        steps.token_bytes(transformers.ByT5Tokenizer())
+        token_bytes(transformers.ByT5Tokenizer())
     word_piece = models.WordPiece({"[UNK]": 0, "step": 1, "##s": 2}, unk_token="[UNK]")
     with pytest.raises(TypeError, match="WordPiece"):
-        steps.token_bytes(fast(word_piece, decoder=decoders.WordPiece()))
+        token_bytes(fast(word_piece, decoder=decoders.WordPiece()))
     stripping = decoders.Sequence([decoders.Strip(" ", 1, 0), decoders.Fuse()])
     with pytest.raises(TypeError, match="Strip"):
-        steps.token_bytes(fast(models.WordLevel({"a": 0}, unk_token="a"), decoder=stripping))
+        token_bytes(fast(models.WordLevel({"a": 0}, unk_token="a"), decoder=stripping))

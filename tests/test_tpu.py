@@ -13,13 +13,15 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxreset.learning.form import LossForm
 from jaxreset.learning.microbatches import PackShape, empty_batch
-from jaxreset.learning.update import LossForm, accumulate, layout_of
+from jaxreset.learning.update import accumulate, layout_of
 from jaxreset.models.adapters import trained
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.decoder import Decoder
 from jaxreset.models.lora import LoRA
-from jaxreset.parallel import AXES, data_shards, param_shardings, rows_sharding
+from jaxreset.models.placement import param_shardings
+from jaxreset.parallel import AXES, data_shards, rows_sharding
 
 pytestmark = pytest.mark.slow
 

@@ -24,15 +24,18 @@ from jaxreset.config import Optimizer
 from jaxreset.config_file import parse_config
 from jaxreset.errors import RunError
 from jaxreset.groups import Group
+from jaxreset.learning.form import LossForm
 from jaxreset.learning.learner import Learner
 from jaxreset.learning.microbatches import PackShape, empty_batch, pack
-from jaxreset.learning.update import LossForm, accumulate, filled, make_optimizer, measure
+from jaxreset.learning.optimizer import make_optimizer
+from jaxreset.learning.update import accumulate, filled, measure
 from jaxreset.models.adapters import trained
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.decoder import Decoder
 from jaxreset.models.lora import LoRA
+from jaxreset.models.placement import param_shardings
 from jaxreset.models.rotary import RopeScaling
-from jaxreset.parallel import make_mesh, param_shardings, rows_sharding
+from jaxreset.parallel import make_mesh, rows_sharding
 from jaxreset.run.compiles import compiles
 from jaxreset.sampling import Stream
 
@@ -313,21 +316,19 @@ def test_padding_holds_anything(policy64):
 # The learner
 
 
-OPTIMIZER = make_optimizer(Optimizer(learning_rate=1e-2), steps=10)
-
-
 def new_learner(
     policy, *, shape=SMALL, form=SEQUENCE, mesh=None, on_nonfinite=print, reference=None, **train
 ):
     """A learner with its own copy of the policy, which updates overwrite; placed as a new one."""
     train = {"prompts_per_step": 12, "min_signal_groups": 0} | train
     values = {"objective": "grpo", "train": train, "sampling": {"temperature": 0.7}}
-    config = parse_config(values | {"loss": {"clip": form.clip}})
+    values |= {"loss": {"clip": form.clip}, "optimizer": {"learning_rate": 1e-2}}
+    settings = parse_config(values).make_learner_settings()
     params = jax.tree.map(lambda p: jnp.asarray(np.array(p)), policy.params)
     if mesh is not None:
         params = jax.device_put(params, param_shardings(mesh, params))
     policy = policy.with_params(params, 0)
-    return Learner(config, policy, OPTIMIZER, form, [shape], mesh, on_nonfinite, reference)
+    return Learner(settings, policy, form, [shape], mesh, on_nonfinite, reference)
 
 
 class Run(NamedTuple):
@@ -373,8 +374,9 @@ def test_nothing_compiles_after_compile_since_the_state_stays_where_it_is(run):
 
 @pytest.mark.parametrize("run", [None, (2, 2, 2)], ids=str, indirect=True)
 def test_waits_and_steps_are_those_of_the_mean_gradient_on_any_mesh(policy64, run):
-    params, opt_state = policy64.params, OPTIMIZER.init(policy64.params)
-    step = jax.jit(OPTIMIZER.update, **QUICK)
+    optimizer = make_optimizer(Optimizer(learning_rate=1e-2).make(10))
+    params, opt_state = policy64.params, optimizer.init(policy64.params)
+    step = jax.jit(optimizer.update, **QUICK)
     for seeds in ((0, 1), (2, 3)):
         groups = [g for seed in seeds for g in random_groups(8, seed=seed)]
         summed, _ = summed_gradient(policy64.with_params(params, 0), groups)

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 
-from jaxreset.config import Config
 from jaxreset.errors import RunError
 from jaxreset.groups import Group
+from jaxreset.learning.form import LossForm
 from jaxreset.learning.microbatches import GroupBatch, PackShape, empty_batch, pack
+from jaxreset.learning.optimizer import learning_rate, make_optimizer
+from jaxreset.learning.settings import LearnerSettings
 from jaxreset.learning.update import (
-    LossForm,
     TrainState,
     accumulate,
     apply,
@@ -23,7 +23,6 @@ from jaxreset.learning.update import (
     filled,
     init_state,
     layout_of,
-    learning_rate,
     measure,
     score,
     start_anew,
@@ -31,7 +30,28 @@ from jaxreset.learning.update import (
 from jaxreset.models.adapters import trained
 from jaxreset.models.policy import Policy
 from jaxreset.parallel import put, rows_sharding
-from jaxreset.run.checkpoints import Progress
+
+
+class TrainProgress(NamedTuple):
+    """What a run remembers beside its arrays.
+
+    Attributes:
+      step: training steps done.
+      version: optimizer steps done.
+      seed: every random number is named by it, the step and what it is for.
+      data_position: prompts taken from the stream.
+      signal_groups: groups with a gradient since the last optimizer step.
+      normalizer: rollouts or tokens behind the gradients summed since then.
+      nonfinite: gradients in a row that weren't finite.
+    """
+
+    step: int = 0
+    version: int = 0
+    seed: int = 0
+    data_position: int = 0
+    signal_groups: int = 0
+    normalizer: float = 0.0
+    nonfinite: int = 0
 
 
 class Minibatch(NamedTuple):
@@ -92,9 +112,8 @@ class Learner:
     """Holds the train state and applies the objective's gradient to it.
 
     Args:
-      config: resolved.
+      settings: how it steps.
       policy: its parameters are taken over, and those that are trained overwritten by updates.
-      optimizer: see `update.make_optimizer`.
       form: the loss.
       shapes: of microbatches, see `microbatches.pack_shapes`.
       mesh: of devices that microbatches are split over, None for one.
@@ -104,33 +123,29 @@ class Learner:
 
     def __init__(
         self,
-        config: Config,
+        settings: LearnerSettings,
         policy: Policy,
-        optimizer: optax.GradientTransformation,
         form: LossForm,
         shapes: Sequence[PackShape],
         mesh: jax.sharding.Mesh | None = None,
         on_nonfinite: Callable[[int, list[Group]], None] = lambda step, groups: None,
         reference: nnx.State | None = None,
     ):
-        self.config, self.optimizer, self.form = config, optimizer, form
+        self.settings, self.form = settings, form
+        self.optimizer = make_optimizer(settings.optimizer)
         self.shapes, self._rows = shapes, None if mesh is None else rows_sharding(mesh)
-        self.temperature = np.float32(config.sampling.temperature)
+        self.temperature = np.float32(settings.temperature)
         self._static: dict[str, Any] = {
             "graph": policy.graph,
-            "remat": config.train.remat,
+            "remat": settings.remat,
             "mesh": mesh,
-        }
-        self._schedule: dict[str, Any] = {
-            "config": config.optimizer,
-            "steps": config.optimizer_steps,
         }
         params, frozen = trained(policy.params)
         self._frozen = committed(frozen)
-        self.state: TrainState = init_state(params, optimizer)
+        self.state: TrainState = init_state(params, self.optimizer)
         self._layout = layout_of(self.state)
         self._gradient_layout = layout_of(self.state.gradients)
-        self.progress = Progress(seed=config.seed)
+        self.progress = TrainProgress(seed=settings.seed)
         self._policy = policy.without_params()  # those that were cast are read no more
         self._on_nonfinite = on_nonfinite
         self._reference = None if reference is None else committed(reference)
@@ -163,7 +178,7 @@ class Learner:
         measure.lower(params, *smallest, **self._static).compile()
         static = {"optimizer": self.optimizer, "layout": self._layout}
         apply.lower(self.state, np.float32(1), np.int32(0), **static).compile()
-        learning_rate.lower(np.int32(0), np.int32(0), **self._schedule).compile()
+        learning_rate.lower(np.int32(0), np.int32(0), settings=self.settings.optimizer).compile()
         self._rest()
 
     def learn(self, groups: Sequence[Group], prompts: int) -> dict[str, float]:
@@ -179,19 +194,19 @@ class Learner:
         """
         self.state = filled(self.state)
         metrics = self._measure(groups)
-        size = self.config.minibatch_prompts
+        size = self.settings.minibatch_prompts
         minibatches = [
             self._prepare([g for g in groups if first <= g.prompt < first + size])
             for first in range(0, prompts, size)
         ]
         normalizer = steps = skipped = 0.0
         loss, norms = 0.0, []
-        first = self.progress.step * self.config.passes
+        first = self.progress.step * self.settings.passes
         place = self.progress.version, first + len(minibatches) - 1
         for turn in turns(
             minibatches,
-            epochs=self.config.train.epochs,
-            least=self.config.train.min_signal_groups or 0,
+            epochs=self.settings.epochs,
+            least=self.settings.min_signal_groups,
             signal=self.progress.signal_groups,
             normalizer=self.progress.normalizer,
         ):
@@ -211,7 +226,9 @@ class Learner:
         return metrics | {
             "loss": loss / max(normalizer, 1.0),
             "grad_norm": float(np.mean(norms)) if norms else 0.0,
-            "learning_rate": float(learning_rate(*map(np.int32, place), **self._schedule)),
+            "learning_rate": float(
+                learning_rate(*map(np.int32, place), settings=self.settings.optimizer)
+            ),
             "optimizer_steps": steps,
             "skipped_updates": skipped,
             "groups/drawn": float(len(groups)),
@@ -285,7 +302,7 @@ class Learner:
             return float(rows)
         if self.form.aggregation == "token":
             return float(sum(g.tokens for g in groups))
-        return float(rows * self.config.sampling.max_response_tokens)
+        return float(rows * self.settings.max_response)
 
     def _apply(self, position: int) -> float:
         """One optimizer step, skipped where the gradient isn't finite; returns its norm.
@@ -307,7 +324,7 @@ class Learner:
         if not finite:
             self._on_nonfinite(self.progress.step + 1, self._offenders())
         self._pending = []
-        if bad >= self.config.train.max_nonfinite:
+        if bad >= self.settings.max_nonfinite:
             raise RunError(
                 f"{bad} gradients in a row weren't finite; the parameters are the last good ones. "
                 "Lower optimizer.learning_rate, or look at the groups in nonfinite/"

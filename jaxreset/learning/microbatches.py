@@ -34,8 +34,7 @@ class GroupBatch(NamedTuple):
       packing: which group and suffix each of them is of.
       cells: [N, C, S] int32, where among a bin's K * S slots each token of a suffix is.
       lengths: [N, C] int32, tokens of the suffixes; 0: no suffix.
-      advantages: [N, C] float32.
-      behavior_logps: [N, C, S] float32.
+      advantages, behavior_logps: [N, C, S] float32, of each token.
       old_logps, reference_logps: the same of the trainer's policy before the step's first update and of the
         policy that training started from, where the loss needs them.
     """
@@ -109,7 +108,8 @@ def pack(groups: Sequence[Group], shapes: Sequence[PackShape]) -> list[GroupBatc
       Microbatches of these shapes; the last may end with empty bins. Groups without tokens are left out.
 
     Raises:
-      ValueError: a group that no bin holds, with its sizes.
+      ValueError: a group that no bin holds, with its sizes; advantages that aren't one for each suffix or,
+        where they are given so, for each token.
     """
     kinds: dict[tuple[int, ...], list[PackShape]] = {}
     for shape in shapes:
@@ -221,7 +221,7 @@ def _lay(bins: Sequence[_Bin], shape: PackShape) -> GroupBatch:
         packing=packing,
         cells=ints((n, c, s)),
         lengths=ints((n, c)),
-        advantages=np.zeros((n, c), np.float32),
+        advantages=np.zeros((n, c, s), np.float32),
         behavior_logps=np.zeros((n, c, s), np.float32),
     )
     for i, filled in enumerate(bins):
@@ -232,6 +232,7 @@ def _lay(bins: Sequence[_Bin], shape: PackShape) -> GroupBatch:
             batch.prefix[prefix_slots] = group.prefix[:-1]
             packing.prefix_groups[prefix_slots] = id_
             packing.prefix_positions[prefix_slots] = np.arange(held)
+            advantages = _token_advantages(group)
             for j, (lane, first) in enumerate(places):
                 suffix, length = group.suffixes[j], len(group.suffixes[j])
                 slots = i, lane, slice(first, first + length)
@@ -242,7 +243,21 @@ def _lay(bins: Sequence[_Bin], shape: PackShape) -> GroupBatch:
                 packing.positions[slots] = held + np.arange(length)
                 batch.cells[i, number, :length] = lane * s + first + np.arange(length)
                 batch.lengths[i, number] = length
-                batch.advantages[i, number] = group.advantages[j]
+                batch.advantages[i, number, :length] = advantages[j]
                 batch.behavior_logps[i, number, :length] = group.behavior_logps[j]
                 number += 1
     return batch
+
+
+def _token_advantages(group: Group) -> list[np.ndarray]:
+    """Of each suffix, one for each token."""
+    lengths = [len(suffix) for suffix in group.suffixes]
+    if group.token_advantages is None:
+        return [np.full(n, a) for n, a in zip(lengths, group.advantages, strict=True)]
+    shapes = [np.shape(values) for values in group.token_advantages]
+    if shapes != [(n,) for n in lengths]:
+        raise ValueError(
+            f"token_advantages have shapes {shapes}, expected one value for each token of suffixes of "
+            f"{lengths} tokens"
+        )
+    return group.token_advantages

@@ -7,8 +7,6 @@ an update waits for groups with a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,11 +15,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxreset.config import Optimizer
+from jaxreset.learning.form import LossForm
 from jaxreset.learning.microbatches import GroupBatch
 from jaxreset.losses import (
-    Aggregation,
-    KLEstimator,
     chunk_size,
     importance_weights,
     kl_penalty,
@@ -45,108 +41,6 @@ class TrainState(NamedTuple):
     params: nnx.State
     opt_state: optax.OptState
     gradients: nnx.State | None
-
-
-@dataclass(frozen=True)
-class LossForm:
-    """The static choices of a loss; see `losses.policy_loss`.
-
-    Attributes:
-      aggregation, clip, dual_clip: its.
-      recompute: the clipped ratio is to the trainer's own log-probabilities before the step's first update,
-        not to the sampler's.
-      importance_cap: see `losses.importance_weights`; None: no weights.
-      kl, kl_estimator: coefficient of `losses.kl_penalty`.
-      entropy_bonus: coefficient of the entropy.
-
-    Raises:
-      ValueError: `clip` and `importance_cap` without `recompute`: both would hold the ratio to the sampler.
-    """
-
-    aggregation: Aggregation = "sequence"
-    clip: float | tuple[float, float] | None = None
-    dual_clip: float | None = None
-    recompute: bool = False
-    importance_cap: float | None = None
-    kl: float = 0.0
-    kl_estimator: KLEstimator = "k3"
-    entropy_bonus: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.clip is not None and self.importance_cap is not None and not self.recompute:
-            raise ValueError(
-                f"importance_cap={self.importance_cap} with clip={self.clip} and recompute=False counts "
-                "the ratio to the sampler twice; recompute, or leave one out"
-            )
-
-    @property
-    def regularized(self) -> bool:
-        """Whether tokens have a gradient even where the advantage is 0."""
-        return bool(self.kl or self.entropy_bonus)
-
-
-@partial(jax.jit, static_argnames=("config", "steps"))
-def learning_rate(updates: Array, position: Array, *, config: Optimizer, steps: int) -> Array:
-    """The rate of an update.
-
-    The rise counts the updates themselves, since it is there for Adam's first ones; the decay follows the
-    training, of which fewer updates than `steps` are made where they wait for signal.
-
-    Args:
-      updates: scalar int, optimizer steps made so far.
-      position: scalar int, how many of `steps` the training has had a chance to make.
-      config, steps: static; see `make_optimizer`.
-    """
-    warmup = config.warmup_steps
-    decaying = max(steps - warmup, 1)
-    decay = {
-        "constant": optax.constant_schedule(1.0),
-        "linear": optax.linear_schedule(1.0, 0.0, decaying),
-        "cosine": optax.cosine_decay_schedule(1.0, decaying),
-    }[config.schedule]
-    risen = jnp.minimum((updates + 1) / max(warmup, 1), 1)
-    # By hand an update may be made without telling the position.
-    return (
-        config.learning_rate
-        * risen
-        * decay(jnp.maximum(jnp.maximum(updates, position) - warmup, 0))
-    )
-
-
-def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformationExtraArgs:
-    """AdamW behind a global-norm clip, whose `update` takes the training's `position`.
-
-    Args:
-      config: the optimizer's section.
-      steps: optimizer steps of the whole training, where a decaying schedule ends.
-    """
-    rate = partial(learning_rate, config=config, steps=steps)
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.chain(  # optax.adamw's parts, so that its state is the one that is saved
-            optax.scale_by_adam(b1=config.b1, b2=config.b2),
-            optax.add_decayed_weights(config.weight_decay),
-            _scale_by_rate(rate),
-        ),
-    )
-
-
-def _scale_by_rate(
-    rate: Callable[[Array, Array], Array],
-) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_schedule` for a rate of the updates so far and of the position."""
-
-    def init(params: Any) -> optax.ScaleByScheduleState:
-        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
-
-    def update(
-        updates: Any, state: Any, params: Any = None, *, position: Any = 0, **_: Any
-    ) -> tuple[Any, optax.ScaleByScheduleState]:
-        step = -rate(state.count, position)
-        scaled = jax.tree.map(lambda u: step.astype(u.dtype) * u, updates)
-        return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def init_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
@@ -303,6 +197,7 @@ def accumulate(
             behavior_logps=batch.behavior_logps if old is None else old,
             clip=form.clip,
             dual_clip=form.dual_clip,
+            form=form.form,
             token_weights=weights,
             penalties=penalties if form.regularized else None,
             aggregation=form.aggregation,

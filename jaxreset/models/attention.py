@@ -31,12 +31,15 @@ class Prefix(NamedTuple):
       keys, values: `[N, G, D, P]` and `[N, G, P, D]`.
       groups: `[N, P]` int, which group a slot is of.
       readers: int, broadcastable to `[N, K, T]`: the group of each token, which sees those slots only.
+      positions, reader_positions: int, likewise, of slots and of tokens in their sequences; for a window.
     """
 
     keys: Array
     values: Array
     groups: Array
     readers: Array
+    positions: Array | None = None
+    reader_positions: Array | None = None
 
 
 class Part(NamedTuple):
@@ -116,6 +119,7 @@ def causal_attention(
     segments: Array | None = None,
     prefix: Prefix | None = None,
     *,
+    window: Array | int | None = None,
     recompute: bool = False,
 ) -> Array:
     """Attention of the tokens of lanes to themselves, to those before them, and to a shared prefix.
@@ -128,6 +132,8 @@ def causal_attention(
       keys, values: `[N, K, G, D, T]` and `[N, K, G, T, D]`.
       segments: `[N, K, T]` int: tokens see those of their own segment only; None: all of a lane are of one.
       prefix: what the K lanes of a group share, if anything.
+      window: tokens see those fewer than so many positions before them; None: all. The tokens of a segment
+        lie side by side.
       recompute: the backward pass computes scores anew, a block at a time, instead of keeping them.
 
     Returns:
@@ -137,27 +143,40 @@ def causal_attention(
     length = max(LEAST_BLOCK, -(-size // MOST_BLOCKS))
 
     def block(first: int, query: Array, keys: Array, values: Array, *others: Any) -> Array:
-        segments, prefix = others
+        segments, prefix, window = others
         end = min(first + length, size)
         mask = (jnp.arange(end) <= jnp.arange(first, end)[:, None])[None, None]
+        if window is not None:
+            mask &= within(window, jnp.arange(first, end), jnp.arange(end))
         if segments is not None:
             mask &= same_segment(segments[..., first:end], segments[..., :end])
         own = query[:, :, first:end], keys[..., :end], values[..., :end, :], mask
         if prefix is None:
             return shared_prefix_attention(*own)
         seen = same_segment(prefix.readers[..., first:end], prefix.groups[:, None])
+        if window is not None:
+            assert prefix.reader_positions is not None
+            assert prefix.positions is not None
+            seen &= within(
+                window, prefix.reader_positions[..., first:end], prefix.positions[:, None]
+            )
         return shared_prefix_attention(*own, prefix.keys, prefix.values, seen)
 
     if recompute:  # the arrays are sliced inside, so that they are kept once and not once a block
         block = jax.checkpoint(block, static_argnums=0)
     firsts = range(0, max(size, 1), length)  # once even where there are no tokens
-    attended = [block(first, query, keys, values, segments, prefix) for first in firsts]
+    attended = [block(first, query, keys, values, segments, prefix, window) for first in firsts]
     return jnp.concatenate(attended, axis=2)
 
 
 def same_segment(queries: Array, keys: Array) -> Array:
     """`[..., T]` and `[..., S]` segments of tokens -> bool `[..., T, S]`."""
     return queries[..., :, None] == keys[..., None, :]
+
+
+def within(window: Array | int, queries: Array, keys: Array) -> Array:
+    """`[..., T]` and `[..., S]` positions -> bool `[..., T, S]`: which keys are not too far behind."""
+    return queries[..., :, None] - keys[..., None, :] < window
 
 
 def _attend(

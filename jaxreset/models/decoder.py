@@ -1,4 +1,4 @@
-"""A decoder-only transformer in the Qwen2 / Qwen3 / Llama 3 family.
+"""A decoder-only transformer, as the families of `families` have it.
 
     tokens ─▶ embed ─▶ L × [ x + attend(norm x) ; x + mlp(norm x) ] ─▶ norm ─▶ hidden ─▶ head ─▶ logits
 
@@ -13,6 +13,8 @@ token less.
     prefix    [ p0 p1 p2 ]           positions 0 1 2      keys and values, once per group
     row input [ p3 s0 s1 s2 ]        positions 3 4 5 6    its own slots 0 1 2 3
     predicts  [ s0 s1 s2 s3 ]
+
+Layers may have a window, and see only so much of what lies before a token; see `windows`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -35,7 +38,17 @@ from jaxreset.models.attention import (
 )
 from jaxreset.models.block import Block, DecoderConfig, RMSNorm
 from jaxreset.models.packing import Packing
-from jaxreset.models.rotary import Rotation, rotation
+from jaxreset.models.rotary import Rotation
+from jaxreset.models.windows import (
+    Place,
+    View,
+    existing,
+    of_layer,
+    place_of,
+    turns_of,
+    view_of_layer,
+    windowed_layers,
+)
 from jaxreset.parallel import embed_sharding, hidden_sharding, rows_sharding
 
 Array = jax.Array
@@ -51,14 +64,6 @@ class KV(NamedTuple):
 
 _constrain = jax.lax.with_sharding_constraint
 Store = tuple[KV, ...]  # one for each stack of a decoder
-
-
-class Place(NamedTuple):
-    """Where the tokens of a decoding step stand: their rotation, and which own slots `[N, K, 1, S]` each
-    sees."""
-
-    turn: Rotation
-    mask: Array
 
 
 class Decoder(nnx.Module):
@@ -109,10 +114,11 @@ class Decoder(nnx.Module):
 
         `remat`: recompute activations in the backward pass instead of keeping them.
         """
-        turn = self._turn(jnp.arange(tokens.shape[-1])[None])
+        turns = turns_of(self.config, jnp.arange(tokens.shape[-1])[None])
 
-        def layer(x: Array, block: Block) -> tuple[Array, None]:
-            return _self_attend(block, x, turn)[0], None
+        def layer(x: Array, block: Block, windowed: Array | None) -> tuple[Array, None]:
+            turn, window = of_layer(self.config, windowed, turns)
+            return _self_attend(block, x, turn, window=window)[0], None
 
         return self.norm(self._scan(layer, self.embed[tokens], remat=remat)[0])
 
@@ -121,10 +127,11 @@ class Decoder(nnx.Module):
 
         Slots at and after a prefix's end hold padding: attention masks them by length.
         """
-        turn = self._turn(jnp.arange(tokens.shape[-1])[None])
+        turns = turns_of(self.config, jnp.arange(tokens.shape[-1])[None])
 
-        def layer(x: Array, block: Block) -> tuple[Array, KV]:
-            x, keys, values = _self_attend(block, x, turn)
+        def layer(x: Array, block: Block, windowed: Array | None) -> tuple[Array, KV]:
+            turn, window = of_layer(self.config, windowed, turns)
+            x, keys, values = _self_attend(block, x, turn, window=window)
             return x, KV(keys, values)
 
         return self._scan(layer, self.embed[tokens])[1]
@@ -140,15 +147,20 @@ class Decoder(nnx.Module):
         Returns:
           `[L, N, 1, G, D, Q]` and `[L, N, 1, G, Q, D]`: a suffix store of one row a group.
         """
-        turn = self._turn(prefix_lengths[:, None, None] + jnp.arange(tokens.shape[-1]))
-        exist = _exist(prefix_lengths, prefix[0].keys.shape[-1])[:, 0, 0].astype(jnp.int32)
+        size = prefix[0].keys.shape[-1]
+        positions = prefix_lengths[:, None, None] + jnp.arange(tokens.shape[-1])
+        turns = turns_of(self.config, positions)
+        exist = existing(prefix_lengths, size)[:, 0, 0].astype(jnp.int32)
         readers = jnp.ones((1, 1, tokens.shape[-1]), jnp.int32)
 
-        def layer(x: Array, block: Block, shared: KV) -> tuple[Array, KV]:
+        def layer(x: Array, block: Block, windowed: Array | None, shared: KV) -> tuple[Array, KV]:
+            turn, window = of_layer(self.config, windowed, turns)
             query, keys, values = block.project(x, turn)
             own = KV(*_slots_inside(keys, values))
-            attended = causal_attention(query, *own, prefix=Prefix(*shared, exist, readers))
-            return block.combine(x, attended), own
+            seen = Prefix(*shared, exist, readers)
+            if window is not None:
+                seen = seen._replace(positions=jnp.arange(size)[None], reader_positions=positions)
+            return block.combine(x, causal_attention(query, *own, None, seen, window=window)), own
 
         return self._scan(layer, self.embed[tokens][:, None], prefix)[1]
 
@@ -175,8 +187,8 @@ class Decoder(nnx.Module):
         Returns:
           `[N, K, S, E]`; the state at a suffix's slot t predicts its t-th token.
         """
-        turn = self._turn(packing.positions)
-        prefix_turn = self._turn(packing.prefix_positions)
+        turns = turns_of(self.config, packing.positions)
+        prefix_turns = turns_of(self.config, packing.prefix_positions)
 
         def between(x: Array) -> Array:
             return x if mesh is None else _constrain(x, hidden_sharding(mesh, x.shape))
@@ -184,18 +196,28 @@ class Decoder(nnx.Module):
         def inside(x: Array) -> Array:
             return x if mesh is None else _constrain(x, rows_sharding(mesh))
 
-        def layer(carry: tuple[Array, Array], block: Block) -> tuple[tuple[Array, Array], None]:
+        def layer(
+            carry: tuple[Array, Array], block: Block, windowed: Array | None
+        ) -> tuple[tuple[Array, Array], None]:
+            turn, window = of_layer(self.config, windowed, turns)
+            prefix_turn, _ = of_layer(self.config, windowed, prefix_turns)
             # Both at either end: else XLA gathers weights for tokens that stay split.
             shared, own = (inside(between(x)) for x in carry)
             shared, seen_keys, seen_values = _self_attend(
-                block, shared, prefix_turn, packing.prefix_groups, recompute=True
+                block, shared, prefix_turn, packing.prefix_groups, window=window, recompute=True
             )
+            seen = Prefix(seen_keys, seen_values, packing.prefix_groups, packing.groups)
+            if window is not None:
+                seen = seen._replace(
+                    positions=packing.prefix_positions, reader_positions=packing.positions
+                )
             query, keys, values = block.project(own, turn)
             attended = causal_attention(
                 query,
                 *_slots_inside(keys, values),
                 packing.suffixes,
-                Prefix(seen_keys, seen_values, packing.prefix_groups, packing.groups),
+                seen,
+                window=window,
                 recompute=True,
             )
             own = block.combine(own, attended)
@@ -208,17 +230,9 @@ class Decoder(nnx.Module):
         (_, own), _ = self._scan(layer, start, remat=remat)
         return self.norm(own)
 
-    def _turn(self, positions: Array) -> Rotation:
-        """Of tokens at `positions` [..., T]."""
-        c = self.config
-        return rotation(
-            positions, width=c.head_dim, theta=c.rope_theta, scaling=c.rope_scaling, dtype=c.dtype
-        )
-
-    def place(self, slots: Array, prefix_lengths: Array, size: int) -> Place:
-        """Of tokens in the own `slots` `[N, K]` of rows with `size` of them."""
-        turn = self._turn((prefix_lengths[:, None] + slots)[..., None])
-        return Place(turn, (jnp.arange(size) <= slots[..., None])[:, :, None])
+    def place(self, slots: Array, prefix_lengths: Array, size: int, prefix_size: int) -> Place:
+        """Of tokens in the own `slots` `[N, K]` of rows with `size` of them, behind `prefix_size` slots."""
+        return place_of(self.config, slots, prefix_lengths, size, prefix_size)
 
     def decode(
         self,
@@ -245,15 +259,21 @@ class Decoder(nnx.Module):
           `[N, K, E]` hidden states that predict the next tokens, and `suffix` with the slots written.
         """
         size = suffix[0].keys.shape[-1]
-        turn, mask = place or self.place(slots, prefix_lengths, size)
-        exists = _exist(prefix_lengths, prefix[0].keys.shape[-1])
+        prefix_size = prefix[0].keys.shape[-1]
+        here = place or self.place(slots, prefix_lengths, size, prefix_size)
+        whole = View(here.turn, here.mask, existing(prefix_lengths, prefix_size))
         group, row = jnp.indices(tokens.shape)
 
         def layer(
-            stack: Block, shared: KV, index: Array | int, carry: tuple[Array, KV]
+            stack: Block,
+            windowed: np.ndarray | None,
+            shared: KV,
+            index: Array | int,
+            carry: tuple[Array, KV],
         ) -> tuple[Array, KV]:
             x, cache = carry
             block = _take_layer(stack, index)
+            turn, mask, seen = view_of_layer(windowed, index, whole, here.inside)
             query, key, value = block.project(x, turn)
             # Written per row: TPU copies a cache that is written at one shared slot.
             keys = cache.keys.at[index, group, row, :, :, slots].set(key[:, :, 0])
@@ -265,13 +285,14 @@ class Decoder(nnx.Module):
                 mask,
                 shared.keys[index],
                 shared.values[index],
-                exists,
+                seen,
             )
             return block.combine(x, attended), KV(keys, values)
 
         x, written = self.embed[tokens][:, :, None], []  # [N, K, 1, E]
-        for stack, shared, own in zip(self.stacks, prefix, suffix, strict=True):
-            step = functools.partial(layer, stack, shared)
+        kinds = windowed_layers(self.config, len(self.stacks))
+        for stack, windowed, shared, own in zip(self.stacks, kinds, prefix, suffix, strict=True):
+            step = functools.partial(layer, stack, windowed, shared)
             count = len(own.keys)
             x, own = (
                 step(0, (x, own)) if count == 1 else jax.lax.fori_loop(0, count, step, (x, own))
@@ -286,18 +307,21 @@ class Decoder(nnx.Module):
         *stores: Store,
         remat: bool = False,
     ) -> tuple[Carry, Store]:
-        """`layer(carry, block, *of its stores)` over all layers; what else it returns, by stack."""
-        made = []
-        for stack, *beside in zip(self.stacks, *stores, strict=True):
+        """`layer(carry, block, whether windowed, *of its stores)` over all layers; what else it returns, by
+        stack."""
+        made, kinds = [], windowed_layers(self.config, len(self.stacks))
+        for stack, windowed, *beside in zip(self.stacks, kinds, *stores, strict=True):
             graph, params = nnx.split(stack)
 
             def body(
-                carry: Carry, xs: tuple[nnx.State, list[KV]], graph: nnx.GraphDef = graph
+                carry: Carry,
+                xs: tuple[nnx.State, Array | None, list[KV]],
+                graph: nnx.GraphDef = graph,
             ) -> tuple[Carry, KV | None]:
-                return layer(carry, nnx.merge(graph, xs[0]), *xs[1])
+                return layer(carry, nnx.merge(graph, xs[0]), xs[1], *xs[2])
 
             carry, out = jax.lax.scan(
-                jax.checkpoint(body) if remat else body, carry, (params, beside)
+                jax.checkpoint(body) if remat else body, carry, (params, windowed, beside)
             )
             made.append(out)
         return carry, tuple(made)
@@ -314,6 +338,7 @@ def _self_attend(
     turn: Rotation,
     segments: Array | None = None,
     *,
+    window: Array | None = None,
     recompute: bool = False,
 ) -> tuple[Array, Array, Array]:
     """One causal layer over `x` [N, T, E]; right padding can't be seen from before it."""
@@ -322,18 +347,13 @@ def _self_attend(
     if segments is not None:
         segments = segments[:, None]
     own = query[:, None], keys[:, None], values[:, None]  # one lane
-    attended = causal_attention(*own, segments, recompute=recompute)[:, 0]
+    attended = causal_attention(*own, segments, window=window, recompute=recompute)[:, 0]
     return block.combine(x, attended), keys, values
 
 
 def _slots_inside(keys: Array, values: Array) -> tuple[Array, Array]:
     """`[..., slots, G, D]` both -> `[..., G, D, slots]` and `[..., G, slots, D]`."""
     return jnp.moveaxis(keys, -3, -1), jnp.moveaxis(values, -3, -2)
-
-
-def _exist(lengths: Array, size: int) -> Array:
-    """Which of a prefix's slots there are, `[N, 1, 1, size]`."""
-    return (jnp.arange(size) < lengths[:, None])[:, None, None]
 
 
 def _wide(x: Array) -> jnp.dtype:

@@ -20,8 +20,8 @@ from jaxreset.models.adapters import merge, trained
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.decoder import Decoder
 from jaxreset.models.huggingface import abstract_decoder
+from jaxreset.models.placement import decode_shardings
 from jaxreset.models.precision import computing_decoder
-from jaxreset.parallel import decode_shardings
 from jaxreset.parallel.compiling import run
 
 Layout = tuple[nnx.GraphDef[Decoder], nnx.State]
@@ -40,7 +40,7 @@ def decoding_layout(
 
     Args:
       graph, params, config: of the stacked decoder.
-      mesh: that the result lies on, see `parallel.decode_shardings`; None: one device.
+      mesh: that the result lies on, see `placement.decode_shardings`; None: one device.
       on_cpu: whether the devices are a machine's cores.
       run: calls a jitted function, or does so in shapes alone; see `parallel.compiling`.
     """
@@ -66,7 +66,7 @@ def decoding_copy(
     Args:
       params, graph: of the stacked decoder.
       unstacked: give each layer a stack of its own; `unstacked_graph` is theirs then.
-      mesh: that the result lies on, see `parallel.decode_shardings`; None: one device.
+      mesh: that the result lies on, see `placement.decode_shardings`; None: one device.
     """
     decoder = computing_decoder(graph, params)
     if unstacked:

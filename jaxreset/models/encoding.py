@@ -52,6 +52,18 @@ def continuation_tokens(tokenizer: Any, text: str) -> np.ndarray:
     return np.asarray(_bare(tokenizer, ids), np.int32)
 
 
+def question_tokens(
+    tokenizer: Any, question: str, variables: Mapping[str, Any] | None = None
+) -> np.ndarray:
+    """Token ids `[t]` of a question: in the chat template where the tokenizer has one, else raw text.
+
+    `variables` are what the template is told besides, see `chat_variables`.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        question = fill_chat(tokenizer, [{"role": "user", "content": question}], variables or {})
+    return prompt_tokens(tokenizer, [question])[0]
+
+
 def _put_before(plain: list[int], whole: list[int], bos: int | None) -> list[int]:
     """What a tokenizer puts before a text: `whole` is `plain` with tokens of its own around."""
     if not plain:  # which stand before and which behind, nothing else tells

@@ -31,6 +31,7 @@ from jaxreset.models import config_json, reading
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.config_json import read_config, read_json
 from jaxreset.models.decoder import Decoder
+from jaxreset.models.families import family_of, named
 from jaxreset.models.reading import INDEX, WEIGHTS, Stored, weight_files
 from jaxreset.parallel import fetch, is_leader
 
@@ -41,6 +42,23 @@ CONFIG, GENERATION = config_json.FILE, "generation_config.json"
 SHARD_BYTES = 4 << 30
 # What a folder's config.json says besides the decoder's sizes, and an export of it says again.
 KEPT = ("max_position_embeddings", "bos_token_id", "pad_token_id")
+# Parameters of a block and their tensors, where a family doesn't name them otherwise.
+TENSORS = {
+    "attention_norm.scale": "input_layernorm.weight",
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "o": "self_attn.o_proj.weight",
+    "q_bias": "self_attn.q_proj.bias",
+    "k_bias": "self_attn.k_proj.bias",
+    "v_bias": "self_attn.v_proj.bias",
+    "q_norm.scale": "self_attn.q_norm.weight",
+    "k_norm.scale": "self_attn.k_norm.weight",
+    "mlp_norm.scale": "post_attention_layernorm.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+}
 
 __all__ = [
     "abstract_decoder",
@@ -77,31 +95,37 @@ class Tensor(NamedTuple):
 
 
 def tensor_table(config: DecoderConfig) -> list[Tensor]:
-    """Every parameter of a decoder and the tensors that hold it."""
+    """Every parameter of a decoder and the tensors that hold it.
+
+    Raises:
+      ValueError: no family has such parameters.
+    """
     c = config
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
     table = [Tensor(("embed",), "model.embed_tokens.weight", (c.vocab, c.width))]
 
-    def block(path: str, name: str, *shape: int, transposed: bool = False) -> None:
-        name = f"model.layers.{{}}.{name}"
+    names = {**TENSORS, **named(family_of(config)).TENSORS}
+
+    def block(path: str, *shape: int, transposed: bool = False) -> None:
+        name = f"model.layers.{{}}.{names[path]}"
         table.append(Tensor(("blocks", *path.split(".")), name, shape, transposed))
 
-    block("attention_norm.scale", "input_layernorm.weight", c.width)
-    block("q", "self_attn.q_proj.weight", queries, c.width, transposed=True)
-    block("k", "self_attn.k_proj.weight", keys, c.width, transposed=True)
-    block("v", "self_attn.v_proj.weight", keys, c.width, transposed=True)
-    block("o", "self_attn.o_proj.weight", c.width, queries, transposed=True)
+    block("attention_norm.scale", c.width)
+    block("q", queries, c.width, transposed=True)
+    block("k", keys, c.width, transposed=True)
+    block("v", keys, c.width, transposed=True)
+    block("o", c.width, queries, transposed=True)
     if c.qkv_bias:
-        block("q_bias", "self_attn.q_proj.bias", queries)
-        block("k_bias", "self_attn.k_proj.bias", keys)
-        block("v_bias", "self_attn.v_proj.bias", keys)
-    if c.qk_norm:
-        block("q_norm.scale", "self_attn.q_norm.weight", c.head_dim)
-        block("k_norm.scale", "self_attn.k_norm.weight", c.head_dim)
-    block("mlp_norm.scale", "post_attention_layernorm.weight", c.width)
-    block("gate", "mlp.gate_proj.weight", c.mlp, c.width, transposed=True)
-    block("up", "mlp.up_proj.weight", c.mlp, c.width, transposed=True)
-    block("down", "mlp.down_proj.weight", c.width, c.mlp, transposed=True)
+        block("q_bias", queries)
+        block("k_bias", keys)
+        block("v_bias", keys)
+    if c.qk_norm or c.joint_qk_norm:
+        block("q_norm.scale", queries if c.joint_qk_norm else c.head_dim)
+        block("k_norm.scale", keys if c.joint_qk_norm else c.head_dim)
+    block("mlp_norm.scale", c.width)
+    block("gate", c.mlp, c.width, transposed=True)
+    block("up", c.mlp, c.width, transposed=True)
+    block("down", c.width, c.mlp, transposed=True)
     table.append(Tensor(("norm", "scale"), "model.norm.weight", (c.width,)))
     if not c.tie_embeddings:
         table.append(Tensor(("output",), "lm_head.weight", (c.vocab, c.width), transposed=True))

@@ -32,9 +32,10 @@ from jaxreset.models.config_json import check_dtype, eos_token_ids, read_json
 from jaxreset.models.decoder import Decoder
 from jaxreset.models.encoding import prompt_tokens
 from jaxreset.models.lora import LINEAR, LoRA, Target
+from jaxreset.models.placement import param_shardings
 from jaxreset.models.precision import computing_decoder
-from jaxreset.parallel import check_sizes, param_shardings
-from jaxreset.steps import silent_ids
+from jaxreset.parallel import check_sizes
+from jaxreset.spelling import silent_ids
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -85,7 +86,7 @@ class Policy:
         return prompt_tokens(self.tokenizer, [text])[0]
 
     def decode(self, tokens: ArrayLike) -> str:
-        """Token ids `[t]` -> text. Left out: `eos_ids`, and what is no text, see `steps.silent_ids`."""
+        """Token ids `[t]` -> text. Left out: `eos_ids`, and what is no text, see `spelling.silent_ids`."""
         ids = np.asarray(tokens)
         written = ids[~np.isin(ids, self._silent)]
         return str(self.tokenizer.decode(written, skip_special_tokens=False))
@@ -163,7 +164,7 @@ def _logits(graph: nnx.GraphDef[Decoder], params: nnx.State, tokens: jax.Array) 
 def load_policy(
     path_or_name: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
 ) -> Policy:
-    """Reads a checkpoint of Qwen2, Qwen2.5, Qwen3 or Llama 3.
+    """Reads a checkpoint of a family that there is a module of in `families`.
 
     Args:
       path_or_name: a local folder, or a name on the Hugging Face Hub; its local copy is preferred.

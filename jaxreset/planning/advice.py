@@ -98,7 +98,7 @@ def _changes(case: Case, phase: str) -> Iterator[dict[str, Any]]:
     """Overrides that may help a phase."""
     config, mesh = case.config, case.subject.mesh
     if phase == "sampling":
-        if case.plan.forks and config.sampling.hold_cache != "never":
+        if case.shapes.forks and config.sampling.hold_cache != "never":
             yield {"sampling.hold_cache": "never"}
         rows = case.lanes.groups * case.lanes.rows
         least = case.lanes.rows * data_shards(mesh)
@@ -171,7 +171,7 @@ def largest_slots(case: Case, programs: Sequence[Program], say: Say) -> Largest 
     Beyond the config's own prompts it is the number of prompts that grows. None: not even one group on
     each data shard fits.
     """
-    shards, rows = data_shards(case.subject.mesh), case.plan.base[0].rows
+    shards, rows = data_shards(case.subject.mesh), case.shapes.base[0].rows
 
     def free(groups: int) -> int:
         """Bytes left with so many groups of lanes on each shard; negative: it doesn't fit."""

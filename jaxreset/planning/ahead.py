@@ -20,27 +20,21 @@ from jax.stages import Lowered
 
 from jaxreset.config import Config
 from jaxreset.learning.microbatches import PackShape, empty_batch
+from jaxreset.learning.optimizer import make_optimizer
 from jaxreset.learning.update import (
     TrainState,
     abstract_state,
     accumulate,
     apply,
     layout_of,
-    make_optimizer,
 )
 from jaxreset.models import adapters
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.decoder import KV, Decoder, Store
 from jaxreset.models.decoding_copy import decoding_layout
 from jaxreset.models.huggingface import abstract_decoder
-from jaxreset.parallel import (
-    cache_sharding,
-    decode_shardings,
-    param_shardings,
-    replicated,
-    rows_sharding,
-)
-from jaxreset.run.experiment import loss_form
+from jaxreset.models.placement import decode_shardings, param_shardings
+from jaxreset.parallel import cache_sharding, replicated, rows_sharding
 from jaxreset.sampling import decoding, stores
 from jaxreset.sampling.decoding import Limits
 from jaxreset.sampling.drawing import idle_lanes
@@ -115,7 +109,7 @@ def make_subject(
     graph, params = abstract_decoder(model)
     params = place(params, param_shardings(mesh, params))
     learnt, frozen = adapters.trained(params)
-    optimizer = make_optimizer(config.optimizer, config.optimizer_steps)
+    optimizer = make_optimizer(config.optimizer.make(config.optimizer_steps))
     state = abstract_state(learnt, optimizer)
     whole = nnx.merge_state(state.params, frozen)
     states, size = _states(delimiter, answer_marker), model.vocab
@@ -199,7 +193,7 @@ def accumulate_microbatch(subject: Subject, shape: PackShape) -> Call:
     )
     static = {
         "graph": subject.graph,
-        "form": loss_form(subject.config),
+        "form": subject.config.loss.make(),
         "remat": subject.config.train.remat,
         "mesh": subject.mesh,
         "layout": layout_of(subject.state.gradients),
@@ -216,7 +210,7 @@ def apply_gradients(subject: Subject) -> Call:
 
 def microbatch(subject: Subject, shape: PackShape) -> Tree:
     """A microbatch, with what else its loss needs."""
-    form, batch = loss_form(subject.config), empty_batch(shape)
+    form, batch = subject.config.loss.make(), empty_batch(shape)
     if form.recompute:
         batch = batch._replace(old_logps=batch.behavior_logps)
     if form.kl:

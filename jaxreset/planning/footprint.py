@@ -16,7 +16,7 @@ import jax
 from jax.stages import Compiled
 
 from jaxreset.config import Config
-from jaxreset.disk import size_text
+from jaxreset.disk import WRITTEN_AT_ONCE, size_text
 from jaxreset.errors import ConfigError
 from jaxreset.learning.microbatches import PackShape
 from jaxreset.models import activations
@@ -27,13 +27,11 @@ from jaxreset.parallel.collectives import Collective, collectives
 from jaxreset.parallel.topology import Slice, is_refusal, refusal
 from jaxreset.planning import ahead, caches
 from jaxreset.planning.ahead import Call, Subject, device_bytes_of
-from jaxreset.run.checkpoints import WRITTEN_AT_ONCE
-from jaxreset.run.experiment import Plan, choose_mesh, fresh_sizes, make_plan
+from jaxreset.planning.shapes import RunShapes, choose_mesh, run_shapes
 from jaxreset.sampling.memory import RoundMemory
 from jaxreset.sampling.rounds import Shape
 from jaxreset.sampling.schedule import LaneShape
 from jaxreset.tasks.chain import TOKENIZER
-from jaxreset.tasks.pipeline import make_task
 
 Say = Callable[[str], None]
 
@@ -109,22 +107,27 @@ class Case:
     config: Config
     slice: Slice
     subject: Subject
-    plan: Plan
+    shapes: RunShapes
 
     @property
     def prefilled(self) -> list[Shape]:
         """Rounds whose prefixes run through the network: all but what goes on from rounds that are held."""
-        kept = caches.held(self.memory, self.plan)
-        gathered = {child for parent, child in self.plan.forks if parent in kept}
-        if kept and self.config.reset.localizer.mode == "inline" and self.plan.localize is not None:
-            gathered.add(self.plan.localize)
-        named = caches.rounds(self.config, self.plan)
+        kept = caches.held(self.memory, self.shapes)
+        gathered = {child for parent, child in self.shapes.forks if parent in kept}
+        if (
+            kept
+            and self.config.reset.localizer.mode == "inline"
+            and self.shapes.localize is not None
+        ):
+            gathered.add(self.shapes.localize)
+        gathered -= {*self.shapes.written}
+        named = caches.rounds(self.config, self.shapes)
         return [shape for shape in named if shape not in gathered]
 
     @property
     def decoded(self) -> set[LaneShape]:
         """Lanes of all rounds: as many decoding programs."""
-        parts = map(self.memory.part, caches.rounds(self.config, self.plan))
+        parts = map(self.memory.part, caches.rounds(self.config, self.shapes))
         return {lanes for part in parts for lanes in self.memory.lanes(part)}
 
     @property
@@ -145,13 +148,13 @@ class Case:
             mesh=subject.mesh,
             slots=sampling.slots,
             hold_cache=sampling.hold_cache,
-            parents=frozenset(parent for parent, _ in self.plan.forks),
+            parents=frozenset(parent for parent, _ in self.shapes.forks),
         )
 
     @property
     def pack(self) -> PackShape:
         """The largest microbatch."""
-        return max(self.plan.pack, key=lambda s: s.bins * (s.prefix + s.lanes * s.slots))
+        return max(self.shapes.pack, key=lambda s: s.bins * (s.prefix + s.lanes * s.slots))
 
 
 def make_case(config: Config, target: Slice) -> Case:
@@ -163,8 +166,8 @@ def make_case(config: Config, target: Slice) -> Case:
     try:
         mesh = choose_mesh(config, target.devices)
         shards, tensor = data_shards(mesh), mesh.shape["tensor"]
-        shapes = make_plan(config, config.make_objective(), shards=shards, tensor=tensor)
-        task = make_task(config.task)
+        shapes = run_shapes(config, config.make_objective(), shards=shards, tensor=tensor)
+        task = config.task.make()
         task.close()
         sizes = _sizes(config)
         check_sizes(mesh, heads=sizes.heads, mlp=sizes.mlp, width=sizes.width)
@@ -177,7 +180,7 @@ def make_case(config: Config, target: Slice) -> Case:
 
 def compiled(case: Case, say: Say) -> Iterator[Program]:
     """Each kind of program in its largest size; the update, which takes longest, comes last."""
-    subject, memory, shapes = case.subject, case.memory, case.plan
+    subject, memory, shapes = case.subject, case.memory, case.shapes
     drawn = [memory.part(shape) for shape in case.prefilled]
     longest = max(drawn, key=lambda s: s.groups * s.prefix)
     yield compile_program("prefill", longest[::2], ahead.prefill(subject, longest), say)
@@ -245,7 +248,7 @@ def phases(case: Case, programs: Sequence[Program]) -> dict[str, Phase]:
         "sampling": (updating if case.config.train.min_signal_groups else keeps)
         | {
             "decoding copy": device_bytes_of(subject.decoding) if subject.copies else 0,
-            "caches": caches.most_bytes(case.memory, case.config, case.plan),
+            "caches": caches.most_bytes(case.memory, case.config, case.shapes),
             "temporary": max(needs.get(name, 0) for name in ("prefill", "decode", "fork")),
         },
         "update": updating
@@ -306,7 +309,8 @@ def _sizes(config: Config) -> DecoderConfig:
         return model_sizes(config.model.path, dtype=config.model.dtype)
     from transformers import AutoTokenizer
 
-    return fresh_sizes(config, len(AutoTokenizer.from_pretrained(TOKENIZER)))
+    vocab = len(AutoTokenizer.from_pretrained(TOKENIZER))
+    return config.model.fresh.make(vocab, config.model.dtype)
 
 
 def compile_program(name: str, sizes: tuple[int, ...], call: Call, say: Say) -> Program:

@@ -104,7 +104,7 @@ def plan(
         phases=phases(case, programs),
         programs=programs,
         flops=_step_flops(case),
-        cuts=caches.cuts(case.memory, config, case.plan),
+        cuts=caches.cuts(case.memory, config, case.shapes),
     )
     if not report.fits:
         report = replace(report, advice=tuple(advise(case, report.phases, programs)))
@@ -115,7 +115,7 @@ def plan(
 
 def _step_flops(case: Case) -> dict[str, float]:
     """Of each part of a step at its limits, on all devices."""
-    model, shapes, objective = case.subject.model, case.plan, case.config.make_objective()
+    model, shapes, objective = case.subject.model, case.shapes, case.config.make_objective()
     made = {"prefill": 0.0, "decode": 0.0}
     for shape, name in caches.rounds(case.config, shapes).items():
         if name == "evaluate":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,18 +13,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-
-class Alarm(Protocol):
-    """What is wrong with a run; see `training.alarms`."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def step(self) -> int: ...
-    @property
-    def text(self) -> str: ...
-    @property
-    def response(self) -> str | None: ...
+from jaxreset.reporting.alarms import Alarm
 
 
 class Display:

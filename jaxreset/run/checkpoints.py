@@ -5,52 +5,34 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from jaxreset.config import Checkpoint
 from jaxreset.disk import room
 from jaxreset.errors import RunError
-from jaxreset.json_text import dumps, loads
+from jaxreset.json_text import loads
+from jaxreset.learning.learner import TrainProgress
 from jaxreset.learning.update import TrainState, filled
-from jaxreset.models.precision import widened
-from jaxreset.parallel.processes import fetch, gather, is_leader, wait_for_all
-from jaxreset.run.checksums import checksum
+from jaxreset.parallel.processes import is_leader, wait_for_all
+from jaxreset.run.saved_arrays import (
+    bytes_of_array,
+    load_saved,
+    reading_alone,
+    reason_of,
+    unnamed,
+    with_sums,
+    writing_context,
+)
 
 logger = logging.getLogger(__name__)
 
 ACCURACY = "eval/accuracy"  # what the best checkpoints are kept by
-PARAMS = {"step": 0}  # stands where a checkpoint has its progress
-WRITTEN_AT_ONCE = 2**27  # bytes; more are not compressed before others are on the disk
-
-
-class Progress(NamedTuple):
-    """What a run remembers beside its arrays.
-
-    Attributes:
-      step: training steps done.
-      version: optimizer steps done.
-      seed: every random number is named by it, the step and what it is for.
-      data_position: prompts taken from the stream.
-      signal_groups: groups with a gradient since the last optimizer step.
-      normalizer: rollouts or tokens behind the gradients summed since then.
-      nonfinite: gradients in a row that weren't finite.
-    """
-
-    step: int = 0
-    version: int = 0
-    seed: int = 0
-    data_position: int = 0
-    signal_groups: int = 0
-    normalizer: float = 0.0
-    nonfinite: int = 0
 
 
 def saved_steps(path: Path) -> list[int]:
@@ -61,7 +43,7 @@ def saved_steps(path: Path) -> list[int]:
 
 
 class Checkpoints:
-    """Saves `(TrainState, Progress)` by step, in the background; restores the newest that is whole.
+    """Saves `(TrainState, TrainProgress)` by step, in the background; restores the newest that is whole.
 
     With several processes, each calls every method.
 
@@ -82,7 +64,7 @@ class Checkpoints:
         return bool(saved_steps(self.path))
 
     def save(
-        self, state: TrainState, progress: Progress, metrics: dict[str, Any] | None = None
+        self, state: TrainState, progress: TrainProgress, metrics: dict[str, Any] | None = None
     ) -> None:
         """Takes a copy off the devices and writes it in the background, unless this step was last.
 
@@ -98,11 +80,11 @@ class Checkpoints:
         if progress.step == self._last:
             return
         state, accuracy = filled(state), (metrics or {}).get(ACCURACY)
-        self._needed = sum(map(_bytes, jax.tree.leaves(state)))
+        self._needed = sum(map(bytes_of_array, jax.tree.leaves(state)))
         try:
             saving = self._opened().save_checkpointables_async(
                 progress.step,
-                _with_sums(state, progress._asdict()),
+                with_sums(state, progress._asdict()),
                 force=True,
                 metrics=None if accuracy is None else {ACCURACY: accuracy},
             )
@@ -131,7 +113,9 @@ class Checkpoints:
             self._checkpointer.close()
             self._checkpointer = None
 
-    def restore(self, like: TrainState, *, set_aside: bool = False) -> tuple[TrainState, Progress]:
+    def restore(
+        self, like: TrainState, *, set_aside: bool = False
+    ) -> tuple[TrainState, TrainProgress]:
         """The newest checkpoint that is whole; newer ones are named in a warning.
 
         Args:
@@ -145,24 +129,28 @@ class Checkpoints:
         """
         return self._newest(like, whole=True, set_aside=set_aside)
 
-    def restore_params(self, like: nnx.State) -> tuple[nnx.State, Progress]:
+    def restore_params(
+        self, like: nnx.State, *, step: int | None = None
+    ) -> tuple[nnx.State, TrainProgress]:
         """The trained parameters alone of what `restore` gives; the rest is looked at for damage, and at
         no time is more of it there than the largest parameter takes.
 
         Args:
           like: trained parameters, or `abstract` ones, in the dtype that they are trained in.
+          step: of that checkpoint; None: the newest that is whole.
         """
-        state, progress = self._newest(
-            TrainState(like, nnx.State({}), nnx.State({})), whole=False, set_aside=False
-        )
+        alone = TrainState(like, nnx.State({}), nnx.State({}))
+        state, progress = self._newest(alone, whole=False, set_aside=False, only=step)
         return state.params, progress
 
     def _newest(
-        self, like: TrainState, *, whole: bool, set_aside: bool
-    ) -> tuple[TrainState, Progress]:
+        self, like: TrainState, *, whole: bool, set_aside: bool, only: int | None = None
+    ) -> tuple[TrainState, TrainProgress]:
         damaged = {}
-        for step in reversed(saved_steps(self.path)):
-            loaded, reason = _load(self.path / str(step), like, Progress()._asdict(), whole=whole)
+        for step in reversed(saved_steps(self.path)) if only is None else [only]:
+            loaded, reason = load_saved(
+                self.path / str(step), like, TrainProgress()._asdict(), whole=whole
+            )
             if reason is not None:
                 damaged[step] = reason
                 continue
@@ -171,7 +159,7 @@ class Checkpoints:
             if set_aside:
                 self._set_aside(list(damaged))
             self._last = step
-            return _unnamed(loaded["state"], like), Progress(**loaded["progress"])
+            return unnamed(loaded["state"], like), TrainProgress(**loaded["progress"])
         if not damaged:
             raise FileNotFoundError(f"no checkpoint in {self.path}")
         raise RunError(
@@ -188,7 +176,7 @@ class Checkpoints:
             self._set_aside(list(unreadable))
             self._checkpointer = ocp.training.Checkpointer(
                 self.path,
-                context=_context(),
+                context=writing_context(),
                 preservation_policy=_kept(self._config),
                 cleanup_tmp_directories=True,
             )
@@ -215,16 +203,9 @@ class Checkpoints:
             for left in self.path.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
         return RunError(
-            f"the checkpoint of step {step} can't be written to {self.path}: {_reason(error)} ({known}). "
+            f"the checkpoint of step {step} can't be written to {self.path}: {reason_of(error)} ({known}). "
             "Make room there, and start the same command again"
         )
-
-
-def _context() -> ocp.Context:
-    """Orbax's settings for writing: by default all arrays are held in memory once more, compressed."""
-    context = ocp.Context()
-    context.memory.write_concurrent_bytes = WRITTEN_AT_ONCE
-    return context
 
 
 def _kept(config: Checkpoint) -> Any:
@@ -248,189 +229,10 @@ def _unreadable(path: Path, step: int) -> str | None:
     """Why Orbax's list of checkpoints, or the choice among them, would break at this one."""
     metrics = path / str(step) / "metrics" / "metrics"
     try:
-        with _alone():
+        with reading_alone():
             ocp.checkpointables_metadata(path / str(step))
         if metrics.exists():
             float(loads(metrics.read_bytes())[ACCURACY])
     except Exception as error:
-        return _reason(error)
+        return reason_of(error)
     return None
-
-
-def _alone(*, partial: bool = False) -> ocp.Context:
-    """Reads in each process by itself: one that fails doesn't keep the others waiting for it.
-
-    `partial`: only those arrays that are named.
-    """
-    context, index = ocp.Context(), jax.process_index()
-    context.multiprocessing.primary_host = index
-    context.multiprocessing.active_processes = {index}
-    context.pytree_options.loading.partial_load = partial
-    return context
-
-
-def _reason(error: BaseException) -> str:
-    """What was the matter in the first place, without the settings that TensorStore repeats."""
-    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    if cause is not None:
-        return _reason(cause)
-    first_line = str(error).partition("\n")[0].partition(" [")[0]
-    return f"{type(error).__name__}: {first_line}"
-
-
-def _with_sums(state: Any, record: dict[str, Any]) -> dict[str, Any]:
-    """What is saved: arrays, the record beside them, and checksums that tell of damage."""
-    named = _named(state)
-    return {"state": named, "progress": record, "checksums": _sums(named, record)}
-
-
-def _sums(state: dict[str, Any], record: dict[str, Any]) -> np.ndarray:
-    """Checksums of the arrays in their names' order, and of the record: uint32 `[arrays + 1]`."""
-    return np.append([_sum(state[name]) for name in sorted(state)], _sum_of(record))
-
-
-def _sum(array: jax.Array) -> np.uint32:
-    """One at a time: those of one shape share a program, and a CPU holds the scrambled bits of an array."""
-    return np.uint32(fetch(checksum(array)))
-
-
-def _sum_of(record: dict[str, Any]) -> np.uint32:
-    return np.uint32(zlib.crc32(dumps(record, sort_keys=True).encode()))
-
-
-def _load(
-    path: Path, like: Any, record: dict[str, Any], *, whole: bool = True
-) -> tuple[dict[str, Any], str | None]:
-    """What was saved in `path`, laid out as `like` and `record` are; or what is wrong with it.
-
-    `whole`: `like` names all arrays that were saved; else some of them, and the others are only looked at,
-    a few at a time.
-    """
-    targets = _named(abstract(like))
-    others, reason = ({}, None) if whole else _others(path, targets)
-    names = sorted({**targets, **others})
-    loaded: dict[str, Any] = {}
-    for part in [*_portions(others, max(map(_bytes, targets.values()))), targets]:
-        if (reason := _first(reason)) is not None:  # one process may read what another can't
-            return {}, reason
-        loaded = {}  # gone before the next ones come
-        try:
-            with _alone(partial=not whole):
-                sums = np.zeros(len(names) + 1, np.uint32)
-                wanted = {"state": part, "progress": record, "checksums": sums}
-                loaded = ocp.load_checkpointables(path, wanted)
-        except Exception as error:  # anything may be raised by bytes that are anything
-            reason = _reason(error)
-        reason = _first(reason) or _differing(loaded, names)
-    return (loaded, None) if (reason := _first(reason)) is None else ({}, reason)
-
-
-def _others(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The other arrays that were saved, each to lie as the target does whose name it ends in; or what
-    is wrong."""
-    try:
-        with _alone():
-            shapes = ocp.checkpointables_metadata(path).metadata["state"]
-        if missing := sorted(targets.keys() - shapes.keys()):
-            raise ValueError(f"no array {missing[0]}")
-    except Exception as error:
-        return {}, _reason(error)
-    shardings = {name.partition(".")[2]: x.sharding for name, x in targets.items()}
-    apart = next(iter(shardings.values()))
-    if isinstance(apart, jax.sharding.NamedSharding):
-        apart = jax.sharding.NamedSharding(apart.mesh, jax.sharding.PartitionSpec())
-
-    def place(name: str) -> jax.sharding.Sharding:
-        return next((s for end, s in shardings.items() if name.endswith(f".{end}")), apart)
-
-    others = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(name))
-        for name, x in shapes.items()
-        if name not in targets
-    }
-    return others, None
-
-
-def _portions(targets: dict[str, Any], limit: int) -> list[dict[str, Any]]:
-    """The targets in portions of at most so many bytes, or of one."""
-    portions: list[dict[str, Any]] = []
-    room = -1
-    for name, x in targets.items():
-        if _bytes(x) > room:
-            portions.append({})
-            room = limit
-        portions[-1][name] = x
-        room -= _bytes(x)
-    return portions
-
-
-def _bytes(x: Any) -> int:
-    return int(x.size) * int(x.dtype.itemsize)
-
-
-def _differing(loaded: dict[str, Any], names: Sequence[str]) -> str | None:
-    """What isn't as it was saved; `names`: of all arrays that were."""
-    state, record = loaded["state"], loaded["progress"]
-    saved = dict(zip([*names, "progress"], np.asarray(loaded["checksums"]), strict=True))
-    found = {name: _sum(state[name]) for name in sorted(state)}
-    found["progress"] = _sum_of(record)
-    differ = [name for name, value in found.items() if value != saved[name]]
-    return f"other bits than were saved: {', '.join(differ[:3])}" if differ else None
-
-
-def _first(reason: str | None) -> str | None:
-    """The first reason that any process has."""
-    return next((r for r in gather([reason]) if r is not None), None)
-
-
-def save_params(path: Path, params: Any) -> None:
-    """Saves parameters once, in place of what a killed run left there.
-
-    Raises:
-      RunError: they can't be written.
-    """
-    try:
-        with _context():
-            ocp.save_checkpointables(path, _with_sums(params, PARAMS), overwrite=True)
-    except Exception as error:  # Orbax's, of any kind
-        needed = sum(map(_bytes, jax.tree.leaves(params)))
-        raise RunError(
-            f"parameters can't be written to {path}: {_reason(error)} ({room(path, needed)}). Make room "
-            "there, and start the same command again"
-        ) from error
-
-
-def load_params(path: Path, like: Any) -> Any:
-    """What `save_params` saved, laid out as `like` is.
-
-    Raises:
-      RunError: it is damaged.
-    """
-    loaded, reason = _load(path, like, PARAMS)
-    if reason is not None:
-        raise RunError(
-            f"the parameters in {path} are damaged ({reason}), and the run can't go on without them: "
-            "bring them back from a backup, or start anew with another run.dir"
-        )
-    return _unnamed(loaded["state"], like)
-
-
-def abstract(tree: Any, *, wide: bool = False) -> Any:
-    """Shapes, dtypes and shardings of the arrays; `wide`: the dtypes that they are trained in."""
-    shapes = jax.eval_shape(widened, tree) if wide else tree
-    return jax.tree.map(
-        lambda shape, x: jax.ShapeDtypeStruct(x.shape, shape.dtype, sharding=x.sharding),
-        shapes,
-        tree,
-    )
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by their path, so that a checkpoint can be read without our classes."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _unnamed(named: dict[str, Any], like: Any) -> Any:
-    """The other way round."""
-    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in _named(like)])

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+LARGE_PROCESS = 2 * 2**30  # bytes, from which memory goes back to the system between phases
 KEPT_SECONDS = 0.2  # of compiling, from which a program is kept
 
 _count = 0

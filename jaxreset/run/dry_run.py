@@ -10,7 +10,7 @@ from jaxreset.config_file import dump_config
 from jaxreset.disk import size_text
 from jaxreset.planning.footprint import estimated, here, phases
 from jaxreset.planning.table import memory_table
-from jaxreset.run.experiment import make_experiment
+from jaxreset.run.experiment import Experiment
 
 
 def describe(config: Config, console: Console) -> None:
@@ -19,20 +19,21 @@ def describe(config: Config, console: Console) -> None:
     Raises:
       ConfigError: as a run would.
     """
-    experiment = make_experiment(config)
-    plan, memory = experiment.plan, experiment.sampler.memory(experiment.policy)
+    experiment = Experiment(config)
+    shapes, sampler = experiment.shapes, experiment.sampler
+    memory = sampler.memory(experiment.start_policy)
     console.print(dump_config(config), highlight=False)
     table = Table(title="compiled shapes")
     for column in ("program", "groups", "rows", "prefix tokens", "suffix tokens", "cache or batch"):
         table.add_column(column, justify="left" if column == "program" else "right")
-    children = dict.fromkeys(child for _, child in plan.forks)
-    sampled = [("sample", s) for s in plan.base] + [("resume", s) for s in children]
-    if plan.localize is not None:
-        sampled.append(("localize", plan.localize))
-    sampled.append(("evaluate", plan.evaluate))
+    children = dict.fromkeys(child for _, child in shapes.forks)
+    sampled = [("sample", s) for s in shapes.base] + [("resume", s) for s in children]
+    if shapes.localize is not None:
+        sampled.append(("localize", shapes.localize))
+    sampled.append(("evaluate", shapes.evaluate))
     for name, shape in sampled:
         table.add_row(name, *map(str, shape), size_text(memory.held_bytes(shape)))
-    for pack in plan.pack:
+    for pack in shapes.pack:
         tokens = pack.bins * (pack.prefix + pack.lanes * pack.slots)
         table.add_row("update (bins, lanes)", *map(str, pack), f"{tokens:,} tokens")
     console.print(table)
@@ -59,4 +60,4 @@ def describe(config: Config, console: Console) -> None:
             f"  ungradable          {experiment.problems.ungradable:,} more left out: their answers "
             "(proof, not found, NaN) can't be compared"
         )
-    experiment.task.close()
+    experiment.close()

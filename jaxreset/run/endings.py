@@ -10,8 +10,9 @@ import jax
 
 from jaxreset.config import Config
 from jaxreset.errors import PreemptedError, RunError
+from jaxreset.learning.learner import TrainProgress
 from jaxreset.learning.update import TrainState
-from jaxreset.run.checkpoints import Checkpoints, Progress, saved_steps
+from jaxreset.run.checkpoints import Checkpoints, saved_steps
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -48,7 +49,7 @@ def explained(config: Config, checkpoints: Path) -> Iterator[None]:
         ) from error
 
 
-def save_finished(checkpoints: Checkpoints, state: TrainState, progress: Progress) -> None:
+def save_finished(checkpoints: Checkpoints, state: TrainState, progress: TrainProgress) -> None:
     """Saves the last finished step, unless the update that broke off has overwritten it."""
     if jax.process_count() > 1:
         return  # the others may be elsewhere, and saving is done by all

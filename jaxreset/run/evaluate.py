@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest
 
 from jaxreset.models.policy import Policy
-from jaxreset.run.experiment import Experiment
 from jaxreset.sampling.rounds import Stream
 from jaxreset.sampling.sampler import Sampler
-from jaxreset.tasks.base import Task
+from jaxreset.tasks.base import ScoreItems
 from jaxreset.tasks.pipeline import Prompt
 from jaxreset.tasks.scoring import Record, judge, score_together, verdicts
 
@@ -38,7 +37,7 @@ def evaluate(
     policy: Policy,
     prompts: Sequence[Prompt],
     sampler: Sampler,
-    task: Task,
+    score: ScoreItems,
     decode: Callable[[np.ndarray], str],
     *,
     batch: int,
@@ -47,11 +46,13 @@ def evaluate(
     top_k: int = 0,
     seed: int,
     step: int = 0,
+    failed_below: float = 0.5,
     interrupt: Callable[[], None] = lambda: None,
     keep_errors: Callable[[Sequence[Record]], None] = lambda errors: None,
 ) -> Accuracy:
     """Draws one response to each prompt and verifies it; temperature 0 is greedy.
 
+    A problem is solved where its reward isn't under `failed_below`.
     `interrupt` is called before each batch and may raise; `keep_errors` is given records of the
     responses that the verifier failed on.
 
@@ -73,41 +74,8 @@ def evaluate(
             top_k=top_k,
         )
         items += [(p.problem, decode(round_.response(n, 0))) for n, p in enumerate(members)]
-    scores = score_together(task, items)
+    scores = score_together(score, items)
     errors = judge([verdicts(items, scores)], step=step, evaluation=True, keep=keep_errors)
-    solved = int((scores.rewards >= 0.5).sum())
+    solved = int((scores.rewards >= failed_below).sum())
     interval = binomtest(solved, len(items)).proportion_ci(method="wilson")
     return Accuracy(solved / len(items), float(interval.low), float(interval.high), errors)
-
-
-def evaluations(experiment: Experiment, policy: Policy, step: int) -> dict[str, float]:
-    """Greedy and sampled accuracy on the held-out problems."""
-    config = experiment.config
-    prompts = experiment.test_prompts()
-
-    def accuracy(**draw: Any) -> Accuracy:
-        return evaluate(
-            policy,
-            prompts,
-            experiment.sampler,
-            experiment.task,
-            experiment.decode,
-            batch=config.eval.batch,
-            seed=config.seed,
-            step=step,
-            interrupt=experiment.collector.interrupt,
-            keep_errors=experiment.collector.keep_errors,
-            **draw,
-        )
-
-    e = config.eval
-    sampled = accuracy(temperature=e.temperature, top_p=e.top_p, top_k=e.top_k)
-    greedy = accuracy(temperature=0.0)
-    return {
-        "eval/accuracy": sampled.mean,
-        "eval/accuracy_low": sampled.low,
-        "eval/accuracy_high": sampled.high,
-        "eval/greedy_accuracy": greedy.mean,
-        "eval/problems": float(len(prompts)),
-        "eval/verifier_errors": float(sampled.errors + greedy.errors),
-    }

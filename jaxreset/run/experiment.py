@@ -1,136 +1,205 @@
-"""From a config to the objects of a run: everything that can be refused is refused here.
+"""An experiment: what a config describes, made live, step by step or all at once.
 
-The programs of a run are compiled later, so a bad config costs seconds.
+    experiment = jaxreset.Experiment(config, task=…, rule=…, callbacks=[…])   # or the config alone
+    record = experiment.step()                                                # or by hand:
+    groups = experiment.collect(experiment.prompts())
+    metrics = experiment.learn(groups)
+
+Everything that can be refused is refused when it is made; programs are compiled when they are first
+needed, so a bad config costs seconds. Nothing is written to disk: that is `loop.train`'s part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxreset.config import Config
+from jaxreset.config_sections import find_callback
 from jaxreset.errors import ConfigError
-from jaxreset.learning.microbatches import PackShape, pack_shapes
-from jaxreset.learning.update import LossForm
-from jaxreset.models.block import DecoderConfig
-from jaxreset.models.encoding import chat_variables
-from jaxreset.models.policy import Policy, load_policy, new_policy
-from jaxreset.parallel import check_sizes, data_shards, make_mesh, param_shardings, put
-from jaxreset.resets.collect import Collector, Localizer
-from jaxreset.resets.localize import PolicyLocalizer, ScoringLocalizer
-from jaxreset.resets.objectives import Objective
-from jaxreset.sampling import Sampler, Shape, StopRules
-from jaxreset.tasks.base import Task
-from jaxreset.tasks.chain import TOKENIZER, ChainTask
-from jaxreset.tasks.pipeline import (
-    Overlong,
-    Problems,
-    PromptStream,
-    chain_problems,
-    encode_prompts,
-    fit_prompts,
-    make_task,
-    read_problems,
-)
+from jaxreset.groups import Group, set_advantages
+from jaxreset.learning.credit import credit_steps
+from jaxreset.learning.form import find_advantage
+from jaxreset.learning.learner import Learner
+from jaxreset.models.adapters import trained
+from jaxreset.models.policy import Policy
+from jaxreset.parallel import data_shards
+from jaxreset.planning.shapes import choose_mesh, run_shapes
+from jaxreset.resets.collect import Collected, Collector
+from jaxreset.run.compiles import LARGE_PROCESS, trim
+from jaxreset.run.evaluate import Accuracy, evaluate
+from jaxreset.run.objects import with_objects
+from jaxreset.run.parts import adapted, make_localizer, read_or_make_problems, starting_policy
+from jaxreset.run.warm_start import warm_start
+from jaxreset.sampling import Sampler, StopRules
+from jaxreset.tasks.pipeline import Prompt, PromptStream, encode_prompts, fit_prompts, steps_writer
+from jaxreset.tasks.scoring import score_together
+
+Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The shapes that a run compiles; nothing else is compiled once it trains.
-
-    Attributes:
-      base: shapes of `sample`, the first the base round's.
-      forks: (parent, child) shapes of `resume`.
-      localize: shape of localisation, None where no policy is asked.
-      evaluate: shape of evaluation.
-      pack: microbatch shapes of the update.
-      sets: (most sets normalised apart in a step, most rollouts in one).
-    """
-
-    base: tuple[Shape, ...]
-    forks: tuple[tuple[Shape, Shape], ...]
-    localize: Shape | None
-    evaluate: Shape
-    pack: tuple[PackShape, ...]
-    sets: tuple[int, int]
-
-
-def make_plan(config: Config, objective: Objective, *, shards: int = 1, tensor: int = 1) -> Plan:
-    """All shapes of a run, from the limits of its config; `shards` and `tensor`: of its mesh, those that
-    groups lie on and those that share one."""
-    s, o, prompts = config.sampling, objective, config.train.prompts_per_step
-    prompt, response = s.max_prompt_tokens, s.max_response_tokens
-    base = [Shape(prompts, o.first_draw, prompt, response)]
-    if o.drop_seeds and o.max_draws > o.first_draw:
-        base.append(Shape(prompts, o.max_draws - o.first_draw, prompt, response))
-    forks, localize, longest = [], None, prompt
-    if o.rule is not None:
-        child = Shape(prompts * o.resets, o.branches, prompt + response, response)
-        forks = [(parent, child) for parent in base]
-        if o.rungs > 1:
-            forks.append((child, child))
-        longest = child.prefix
-    if o.rule == "self":
-        ask = config.reset.localizer
-        attempt = prompt + response if ask.mode == "inline" else 0
-        localize = Shape(prompts, 1, attempt + ask.max_question_tokens, ask.max_tokens)
-    return Plan(
-        base=tuple(base),
-        forks=tuple(forks),
-        localize=localize,
-        evaluate=Shape(config.eval.batch, 1, prompt, response),
-        pack=tuple(
-            pack_shapes(
-                o.most_in_group,
-                longest - 1,
-                response,
-                tokens=config.train.microbatch_tokens,
-                shards=shards,
-                multiple=tensor,
-            )
-        ),
-        sets=(prompts * (1 + o.rungs * o.resets), o.base + o.resets * o.branches),
-    )
-
-
-@dataclass
 class Experiment:
     """What a config describes, ready to sample and to train.
 
-    `policy` is the one that a warm start starts from: it has no adapters yet, and once it is trained no
-    parameters either.
+    Args:
+      config: from `load_config`.
+      **objects: in place of what the config names: `task`, `reward` (a function, or several by name, each a
+        function or a pair of one and its weight), `rule`, `objective`, `advantage`, `form`, `callbacks`.
+
+    Attributes:
+      config: resolved, the objects named in it by their import paths.
+      objective, task, sampler, collector: what it says.
+      shapes: that are compiled.
+      problems: the two splits, those with overlong prompts left out.
+      callbacks: functions of a step's record and this experiment.
+      stopped: why a callback ended the training; None: none did.
+
+    Raises:
+      ConfigError: anything missing, unreadable or that doesn't fit together; names what to change.
     """
 
-    config: Config
-    objective: Objective
-    plan: Plan
-    policy: Policy
-    task: Task
-    problems: Problems
-    overlong: Overlong
-    stream: PromptStream
-    sampler: Sampler
-    collector: Collector
-    form: LossForm
-    mesh: jax.sharding.Mesh | None  # None: one device
+    def __init__(self, config: Config, **objects: Any):
+        try:
+            self._make(with_objects(config, **objects))
+        except (ValueError, TypeError, OSError) as error:
+            raise ConfigError(str(error)) from error
+
+    def _make(self, config: Config) -> None:
+        self.config = config
+        self.objective = objective = config.make_objective()
+        mesh = choose_mesh(config)
+        self.shapes = shapes = run_shapes(
+            config, objective, shards=data_shards(mesh), tensor=mesh.shape["tensor"]
+        )
+        self.task = task = config.task.make()
+        self.rewards = config.task.make_rewards(task)
+        self.advantage = find_advantage(config.loss.advantage or "std")
+        self.form = config.loss.make()
+        self.callbacks = [find_callback(name) for name in config.run.callbacks]
+        self.stopped: str | None = None
+        problems = read_or_make_problems(config, task)
+        self.mesh = mesh if mesh.size > 1 else None
+        policy = self._start = starting_policy(config, self.mesh)
+        self._learner: Learner | None = None
+
+        refuse = config.data.overlong == "refuse"
+        limit = config.sampling.max_prompt_tokens
+        train, overlong = fit_prompts(problems.train, task, policy.tokenizer, limit, refuse=refuse)
+        test, _ = fit_prompts(problems.test, task, policy.tokenizer, limit, refuse=refuse)
+        self.problems, self.overlong = problems._replace(train=train, test=test), overlong
+        self.stream = PromptStream(train, task, policy.tokenizer, seed=config.seed)
+
+        s = config.sampling
+        self.sampler = Sampler.for_policy(
+            policy,
+            StopRules(s.max_response_tokens, s.max_steps, s.max_step_tokens),
+            delimiter=task.delimiter,
+            answer_marker=task.answer_marker,
+            shapes=[*shapes.base, shapes.evaluate, *shapes.written],
+            forks=shapes.forks,
+            slots=s.slots,
+            hold_cache=s.hold_cache,
+            mesh=self.mesh,
+        )
+        self.collector = Collector(
+            objective,
+            self.sampler,
+            task,
+            policy.without_params().decode,
+            None
+            if shapes.localize is None
+            else make_localizer(config, shapes, task, policy, self.mesh),
+            draw={"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k},
+            score=task.score if self.rewards is None else self.rewards.score,
+            failed_below=config.task.failed_below,
+            write=steps_writer(
+                task,
+                policy.tokenizer,
+                max_response=s.max_response_tokens,
+                max_steps=s.max_steps,
+                room=s.max_step_tokens,
+            ),
+        )
 
     @property
-    def decode(self) -> Callable[[np.ndarray], str]:
+    def start_policy(self) -> Policy:
+        """What a warm start starts from: without adapters, and once it is trained without parameters."""
+        return self._start
+
+    @property
+    def learner(self) -> Learner:
+        """What trains; made when it is first asked for, after the warm start that the config asks for."""
+        if self._learner is None:
+            self.begin(self.adapted(self.warm_started()))
+        assert self._learner is not None
+        return self._learner
+
+    @property
+    def policy(self) -> Policy:
+        """The policy with its current parameters, valid until the next update."""
+        return self.learner.policy
+
+    @property
+    def steps_done(self) -> int:
+        """Training steps so far."""
+        return 0 if self._learner is None else self._learner.progress.step
+
+    def decode(self, tokens: np.ndarray) -> str:
         """Token ids -> text; see `Policy.decode`."""
-        return self.collector.decode
+        return self.collector.decode(tokens)
+
+    def warm_started(
+        self, on_step: Callable[[int, float], None] = lambda step, loss: None
+    ) -> Policy:
+        """The start policy after the supervised steps of `warm_start`, if the config has any."""
+        config = self.config
+        if not config.warm_start.steps:
+            return self._start
+        return warm_start(
+            self._start,
+            self.task,
+            self.problems.train,
+            config.warm_start,
+            seed=config.seed,
+            inline=config.reset.localizer.mode == "inline",
+            on_step=on_step,
+            interrupt=self.collector.interrupt,
+            mesh=self.mesh,
+        )
 
     def adapted(self, policy: Policy) -> Policy:
         """The policy with the adapters that the config asks for."""
-        if (lora := self.config.model.lora.make()) is None:
-            return policy
-        policy = policy.with_lora(
-            lora.rank, lora.alpha, targets=lora.targets, seed=self.config.seed
+        return adapted(self.config, policy, self.mesh)
+
+    def begin(
+        self,
+        policy: Policy,
+        on_nonfinite: Callable[[int, list[Group]], None] = lambda step, groups: None,
+    ) -> Learner:
+        """Trains from this policy on; its parameters are taken over, and those of `start_policy` let go."""
+        keep = self.config.loss.kl > 0
+        self._learner = Learner(
+            self.config.make_learner_settings(),
+            policy,
+            self.form,
+            self.shapes.pack,
+            self.mesh,
+            on_nonfinite,
+            reference=jax.tree.map(jnp.copy, trained(policy.params)[0]) if keep else None,
         )
-        return _spread(policy, self.mesh)
+        self._start = self._start.without_params()
+        return self._learner
+
+    def compile(self) -> None:
+        """Compiles all that steps and evaluations will need; without it each does when first needed."""
+        self.learner.compile()
+        self.compile_sampling(self.policy)
+        self.set_advantages([])  # padded, so that it compiles once
 
     def compile_sampling(self, policy: Policy) -> None:
         """Compiles all that sampling, asking and evaluating will need."""
@@ -138,186 +207,148 @@ class Experiment:
         if self.collector.localizer is not None:
             self.collector.localizer.compile(policy)
 
-    def test_prompts(self) -> list[Any]:
+    def prompts(self, count: int | None = None) -> list[Prompt]:
+        """The next prompts of the shuffled stream; None: as many as a step takes."""
+        return self.stream.next(self.config.train.prompts_per_step if count is None else count)
+
+    def test_prompts(self) -> list[Prompt]:
         """The held-out prompts; their numbers start at 0."""
         test = self.problems.test
-        return encode_prompts(
-            [test[i] for i in range(len(test))], self.task, self.policy.tokenizer, range(len(test))
+        problems = [test[i] for i in range(len(test))]
+        return encode_prompts(problems, self.task, self._start.tokenizer, range(len(test)))
+
+    def collect(self, prompts: Sequence[Prompt]) -> Collected:
+        """Draws the groups of the next step, scores them, resets; advantages are in them.
+
+        Called again before `learn`, with the same prompts, it draws the same.
+
+        Raises:
+          RunError: the verifier failed on every response.
+        """
+        step = self.learner.progress.step + 1
+        collected = self.collector.collect(
+            self.learner.policy, prompts, seed=self.config.seed, step=step
         )
+        self.set_advantages(collected.groups)
+        return collected
 
+    def set_advantages(self, groups: Sequence[Group]) -> None:
+        """Fills in the advantages that the config's section `loss` asks for."""
+        loss = self.config.loss
+        set_advantages(
+            groups,
+            scale=self.advantage,
+            size=self.shapes.sets,
+            cut_penalty=loss.overlong_penalty,
+            mask_cut=loss.overlong == "mask",
+        )
+        if loss.credit == "steps" and isinstance(self.advantage, str):
+            credit_steps(groups, scale=self.advantage)
 
-def make_experiment(config: Config) -> Experiment:
-    """Loads and checks all that a run needs.
+    def learn(self, groups: Iterable[Group]) -> dict[str, float]:
+        """Learns from groups that have advantages, which ends the step; returns metrics of the update.
 
-    Raises:
-      ConfigError: anything missing, unreadable or that doesn't fit together; names what to change.
-    """
-    try:
-        return _make_experiment(config)
-    except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(str(error)) from error
+        Raises:
+          RunError: too many gradients in a row weren't finite.
+        """
+        groups = list(groups)
+        metrics = self.learner.learn(groups, 1 + max((g.prompt for g in groups), default=-1))
+        progress = self.learner.progress
+        self.learner.progress = progress._replace(
+            step=progress.step + 1, data_position=self.stream.position
+        )
+        return metrics
 
+    def step(self) -> Record:
+        """One training step: rollouts, advantages, update. Returns its metrics; callbacks aren't called."""
+        return self.step_with_trees()[0]
 
-def _make_experiment(config: Config) -> Experiment:
-    objective = config.make_objective()
-    mesh = choose_mesh(config)
-    plan = make_plan(config, objective, shards=data_shards(mesh), tensor=mesh.shape["tensor"])
-    task = make_task(config.task)
-    problems = _problems(config, task)
-    spread = mesh if mesh.size > 1 else None
-    policy = _policy(config, spread)
+    def step_with_trees(self) -> tuple[Record, list[Record]]:
+        """As `step`, with the step's reset trees."""
+        learner = self.learner
+        start = time.perf_counter()
+        collected = self.collect(self.prompts())
+        sampled = time.perf_counter()
+        trim(LARGE_PROCESS)
+        learnt = self.learn(collected)
+        end = time.perf_counter()
+        record = {
+            "step": learner.progress.step,
+            "seconds": end - start,
+            **collected.metrics,
+            **learnt,
+            "data/position": self.stream.position,
+            "data/overlong_dropped": self.overlong.dropped,
+            "data/ungradable_dropped": self.problems.ungradable,
+            "optimizer_version": learner.progress.version,
+            "time/sample": sampled - start,
+            "time/update": end - sampled,
+            "time/tokens_per_second": collected.metrics["tokens_sampled"] / (end - start),
+        }
+        return record, collected.trees
 
-    refuse = config.data.overlong == "refuse"
-    limit = config.sampling.max_prompt_tokens
-    train, overlong = fit_prompts(problems.train, task, policy.tokenizer, limit, refuse=refuse)
-    test, _ = fit_prompts(problems.test, task, policy.tokenizer, limit, refuse=refuse)
-    problems = problems._replace(train=train, test=test)
+    def evaluate(self, policy: Policy | None = None, step: int | None = None) -> dict[str, float]:
+        """Greedy and sampled accuracy on the held-out problems.
 
-    s = config.sampling
-    sampler = Sampler.for_policy(
-        policy,
-        StopRules(s.max_response_tokens, s.max_steps, s.max_step_tokens),
-        delimiter=task.delimiter,
-        answer_marker=task.answer_marker,
-        shapes=[*plan.base, plan.evaluate],
-        forks=plan.forks,
-        slots=s.slots,
-        hold_cache=s.hold_cache,
-        mesh=spread,
-    )
-    collector = Collector(
-        objective,
-        sampler,
-        task,
-        policy.without_params().decode,
-        None if plan.localize is None else _localizer(config, plan, task, policy, spread),
-        draw={"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k},
-    )
-    return Experiment(
-        config=config,
-        objective=objective,
-        plan=plan,
-        policy=policy,
-        task=task,
-        problems=problems,
-        overlong=overlong,
-        stream=PromptStream(train, task, policy.tokenizer, seed=config.seed),
-        sampler=sampler,
-        collector=collector,
-        form=loss_form(config),
-        mesh=spread,
-    )
+        Args:
+          policy: None: the current one.
+          step: that its random numbers are named by; None: the last one.
+        """
+        config, e = self.config, self.config.eval
+        prompts = self.test_prompts()
 
-
-def _spread(policy: Policy, mesh: jax.sharding.Mesh | None) -> Policy:
-    """With its parameters where they belong on the mesh, if there is one."""
-    if mesh is None:
-        return policy
-    params = put(policy.params, param_shardings(mesh, policy.params))
-    return policy.with_params(params, policy.version)
-
-
-def loss_form(config: Config) -> LossForm:
-    """The config's."""
-    loss = config.loss
-    assert loss.aggregation is not None  # resolved
-    return LossForm(
-        loss.aggregation,
-        loss.clip,
-        loss.dual_clip,
-        recompute=loss.ratio_to == "trainer",
-        importance_cap=loss.importance_cap,
-        kl=loss.kl,
-        kl_estimator=loss.kl_estimator,
-        entropy_bonus=loss.entropy_bonus,
-    )
-
-
-def _localizer(
-    config: Config, plan: Plan, task: Task, policy: Policy, mesh: jax.sharding.Mesh | None
-) -> Localizer:
-    ask, shape = config.reset.localizer, plan.localize
-    assert shape is not None
-    common: dict[str, Any] = {
-        "batch": shape.groups,
-        "question_limit": ask.max_question_tokens,
-        "temperature": ask.temperature,
-        "top_p": ask.top_p,
-        "top_k": ask.top_k,
-        "variables": chat_variables(config.task.date, config.task.enable_thinking),
-    }
-    if ask.mode == "score":
-        return ScoringLocalizer(policy.tokenizer, most_steps=config.sampling.max_steps, **common)
-    inline = ask.mode == "inline"
-    failed = sorted({parent for parent, _ in plan.forks})  # rounds whose rollouts are asked about
-    sampler = Sampler.for_policy(
-        policy,
-        StopRules(ask.max_tokens),
-        delimiter=task.delimiter,
-        shapes=[] if inline else [shape],
-        forks=[(drawn, shape) for drawn in failed] if inline else [],
-        question_tokens=ask.max_question_tokens if inline else 0,
-        hold_cache=config.sampling.hold_cache if inline else "never",
-        mesh=mesh,
-    )
-    return PolicyLocalizer(sampler, inline=inline, **common)
-
-
-def choose_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The config's mesh over all devices, those of this job or the given ones.
-
-    Raises:
-      ValueError: its product isn't their number, or it splits something unevenly; with the arithmetic.
-    """
-    fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
-    count = len(jax.devices() if devices is None else devices)
-    data = config.mesh.data or max(count // (fsdp * tensor), 1)
-    # Groups are split over data and fsdp, each shard taking equally many, or an equal part of one.
-    for name, groups in (
-        ("train.prompts_per_step", config.train.prompts_per_step),
-        ("eval.batch", config.eval.batch),
-    ):
-        shards = data * fsdp
-        if groups % shards and shards % groups:
-            raise ConfigError(
-                f"{name} {groups} is not divisible by mesh.data {data} × mesh.fsdp {fsdp} = {shards} "
-                f"shards, nor they by it"
+        def accuracy(**draw: Any) -> Accuracy:
+            return evaluate(
+                self.policy if policy is None else policy,
+                prompts,
+                self.sampler,
+                self.collector.score or self.task.score,
+                self.decode,
+                batch=e.batch,
+                seed=config.seed,
+                step=self.steps_done if step is None else step,
+                failed_below=config.task.failed_below,
+                interrupt=self.collector.interrupt,
+                keep_errors=self.collector.keep_errors,
+                **draw,
             )
-    return make_mesh(data, fsdp, tensor, devices)
 
+        sampled = accuracy(temperature=e.temperature, top_p=e.top_p, top_k=e.top_k)
+        greedy = accuracy(temperature=0.0)
+        return {
+            "eval/accuracy": sampled.mean,
+            "eval/accuracy_low": sampled.low,
+            "eval/accuracy_high": sampled.high,
+            "eval/greedy_accuracy": greedy.mean,
+            "eval/problems": float(len(prompts)),
+            "eval/verifier_errors": float(sampled.errors + greedy.errors),
+        }
 
-def _problems(config: Config, task: Task) -> Problems:
-    data = config.data
-    if isinstance(task, ChainTask):
-        return chain_problems(task, train_size=data.chain_size, test_size=data.eval_size)
-    assert data.path is not None  # checked by the schema
-    return read_problems(data.path, data.eval_path, test_size=data.eval_size)
+    def scorer(
+        self, prompts: Sequence[Prompt]
+    ) -> Callable[[Sequence[int], Sequence[np.ndarray]], np.ndarray]:
+        """Scores responses by the number of their prompt, as `step_values` wants it."""
 
+        def score(groups: Sequence[int], responses: Sequence[np.ndarray]) -> np.ndarray:
+            problems = [prompts[g].problem for g in groups]
+            texts = map(self.decode, responses)
+            items = list(zip(problems, texts, strict=True))
+            return score_together(self.collector.score or self.task.score, items).rewards
 
-def _policy(config: Config, mesh: jax.sharding.Mesh | None) -> Policy:
-    """The config's, its parameters where they belong on the mesh."""
-    if config.model.path is not None:
-        return load_policy(config.model.path, dtype=config.model.dtype, mesh=mesh)
-    from transformers import AutoTokenizer
+        return score
 
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    sizes = fresh_sizes(config, len(tokenizer))
-    if mesh is not None:
-        check_sizes(mesh, heads=sizes.heads, mlp=sizes.mlp, width=sizes.width)
-    return _spread(new_policy(sizes, tokenizer, seed=config.seed), mesh)
+    def stop(self, reason: str) -> None:
+        """For callbacks: the run ends after this step, as if it were the last."""
+        self.stopped = reason
 
+    def close(self) -> None:
+        """Ends the processes that check answers."""
+        self.task.close()
+        if self.rewards is not None:
+            self.rewards.close()
 
-def fresh_sizes(config: Config, vocab: int) -> DecoderConfig:
-    """Sizes of a policy with random weights."""
-    fresh = config.model.fresh
-    return DecoderConfig(
-        vocab=vocab,
-        layers=fresh.layers,
-        width=fresh.width,
-        heads=fresh.heads,
-        kv_heads=fresh.kv_heads,
-        head_dim=fresh.width // fresh.heads,
-        mlp=fresh.mlp,
-        tie_embeddings=False,
-        dtype=config.model.dtype,
-    )
+    def __enter__(self) -> Experiment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

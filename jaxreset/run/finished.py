@@ -14,11 +14,11 @@ from jaxreset.models.adapters import rounding_loss, trained
 from jaxreset.models.huggingface import refuse_existing
 from jaxreset.models.policy import Policy
 from jaxreset.parallel.processes import is_leader, wait_for_all
-from jaxreset.run.checkpoints import Checkpoints, abstract, load_params
+from jaxreset.run.checkpoints import Checkpoints
 from jaxreset.run.compiles import kept_programs
-from jaxreset.run.evaluate import evaluations
-from jaxreset.run.experiment import Experiment, make_experiment
+from jaxreset.run.experiment import Experiment
 from jaxreset.run.folder import RunFolder
+from jaxreset.run.saved_arrays import abstract, load_params
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +30,13 @@ def evaluate_run(config: Config) -> tuple[int, dict[str, float]]:
     """Accuracy of the run's latest checkpoint, and its step; of the starting policy without one."""
     folder = RunFolder(config)
     folder.check_same_policy()
-    experiment = make_experiment(folder.dated())
+    experiment = Experiment(folder.dated())
     try:
         with kept_programs(folder.compile_cache):
             step, policy, _ = _latest(experiment, folder)
-            return step, evaluations(experiment, policy, step)
+            return step, experiment.evaluate(policy, step)
     finally:
-        experiment.task.close()
+        experiment.close()
 
 
 def export_run(
@@ -71,7 +71,7 @@ def export_run(
     refuse_existing(output)
     folder = RunFolder(config)
     folder.check_same_policy()
-    experiment = make_experiment(folder.dated())
+    experiment = Experiment(folder.dated())
     try:
         rounded = not adapters and target != "float32"
         step, policy, start = _latest(experiment, folder, keep_start=rounded)
@@ -86,7 +86,7 @@ def export_run(
         except ValueError as error:
             raise ConfigError(str(error)) from error
     finally:
-        experiment.task.close()
+        experiment.close()
     wait_for_all("the export is written")
     return step
 
@@ -103,7 +103,7 @@ def _warn_of_rounding(loss: float, dtype: str) -> None:
 
 def started_from(experiment: Experiment, folder: RunFolder) -> Policy:
     """The policy that training started from, where that can still be told."""
-    policy = experiment.policy
+    policy = experiment.start_policy
     if folder.start.is_dir():
         policy = policy.with_params(load_params(folder.start, policy.params), policy.version)
     return experiment.adapted(policy)

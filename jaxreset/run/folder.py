@@ -211,26 +211,8 @@ class RunFolder:
                 file.unlink()
 
     def history(self) -> list[dict[str, Any]]:
-        """The metrics so far, one object a step; a last line cut short by a crash is left out.
-
-        Raises:
-          RunError: another line isn't JSON.
-        """
-        if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_bytes().splitlines(keepends=True)
-        found = []
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                found.append(loads(line))
-            except ValueError as error:
-                raise RunError(
-                    f"{self.metrics}, line {number} isn't JSON: {error}. Bring the file back from a "
-                    "backup, or delete the line, and start the same command again"
-                ) from error
-        return found
+        """The metrics so far, see `read_metrics`."""
+        return read_metrics(self.metrics)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Appends one step's metrics."""
@@ -274,6 +256,27 @@ class RunFolder:
             oldest = files.pop(0)
             total -= oldest.stat().st_size
             oldest.unlink()
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The objects of `metrics.jsonl`, one a step; a last line cut short by a crash is left out.
+
+    Raises:
+      RunError: another line isn't JSON.
+    """
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            found.append(loads(line))
+        except ValueError as error:
+            raise RunError(
+                f"{file}, line {number} isn't JSON: {error}. Bring the file back from a "
+                "backup, or delete the line, and start the same command again"
+            ) from error
+    return found
 
 
 def _of_the_leader(check: Callable[[], None]) -> None:

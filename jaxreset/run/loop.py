@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,38 +10,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxreset.config import Config
 from jaxreset.disk import naming_full_disk
 from jaxreset.errors import PreemptedError
-from jaxreset.groups import Group, set_advantages
+from jaxreset.groups import Group
 from jaxreset.learning.learner import Learner
-from jaxreset.learning.update import make_optimizer
-from jaxreset.models.adapters import trained
 from jaxreset.models.policy import Policy
 from jaxreset.parallel.processes import any_process, is_leader, wait_for_all
 from jaxreset.planning.footprint import check_room, here
+from jaxreset.reporting.alarms import Alarms
 from jaxreset.reporting.curve import draw_curve
 from jaxreset.reporting.display import Display
 from jaxreset.reporting.report import write_report
 from jaxreset.reporting.trackers import Trackers
-from jaxreset.run.alarms import Alarms
-from jaxreset.run.checkpoints import Checkpoints, abstract, save_params
-from jaxreset.run.compiles import compiles, kept_programs, trim
+from jaxreset.run.callbacks import call_back
+from jaxreset.run.checkpoints import Checkpoints
+from jaxreset.run.compiles import LARGE_PROCESS, compiles, kept_programs, trim
 from jaxreset.run.endings import explained, is_out_of_memory, save_finished
-from jaxreset.run.evaluate import evaluations
-from jaxreset.run.experiment import Experiment, make_experiment
+from jaxreset.run.experiment import Experiment
 from jaxreset.run.finished import started_from
 from jaxreset.run.folder import RunFolder
+from jaxreset.run.objects import with_objects
 from jaxreset.run.preemption import Preemption, noticing_preemption
-from jaxreset.run.warm_start import warm_start
-from jaxreset.tasks.chain import ChainTask
+from jaxreset.run.saved_arrays import abstract, save_params
 
 logger = logging.getLogger(__name__)
-
-LARGE_PROCESS = 2 * 2**30  # bytes, from which memory goes back to the system between phases
 
 
 class Result(NamedTuple):
@@ -54,12 +48,14 @@ class Result(NamedTuple):
     policy: Policy
 
 
-def train(config: Config, display: Display | None = None) -> Result:
+def train(config: Config, display: Display | None = None, **objects: Any) -> Result:
     """Trains as the config says, going on from the run folder's latest checkpoint if there is one.
 
     Args:
       config: resolved, from `config.load_config`.
       display: shows progress; None shows nothing.
+      **objects: in place of what the config names, see `experiment.Experiment`. A run that goes on needs
+        those that can't be imported by their names again.
 
     Returns:
       The run's folder, its metrics, the learning curve's picture, and the trained policy.
@@ -73,6 +69,7 @@ def train(config: Config, display: Display | None = None) -> Result:
     """
     if display is None or not is_leader():
         display = Display(quiet=True)
+    config = with_objects(config, **objects)
     folder = RunFolder(config)
     with (
         explained(config, folder.checkpoints),
@@ -91,7 +88,7 @@ def _train(config: Config, folder: RunFolder, preemption: Preemption, display: D
         with preemption.ending_at_once():
             if (doubt := check_room(here(config))) is not None:
                 logger.warning(doubt)
-            experiment = make_experiment(config)
+            experiment = Experiment(config)
 
         def between_rounds() -> None:
             preemption.check()
@@ -113,7 +110,7 @@ def _train(config: Config, folder: RunFolder, preemption: Preemption, display: D
                 trackers.go_on(learner.progress.step if going_on else -1)
                 _loop(experiment, learner, checkpoints, folder, trackers, display)
         finally:
-            experiment.task.close()
+            experiment.close()
             trackers.close()
             checkpoints.close()
     wait_for_all("the metrics are written")
@@ -141,24 +138,12 @@ def _prepare(
             policy = _warm_start(experiment, folder, display)
     else:
         policy = started_from(experiment, folder)
-    optimizer = make_optimizer(config.optimizer, config.optimizer_steps)
 
     def on_nonfinite(step: int, groups: list[Group]) -> None:
         folder.save_nonfinite(step, [_group_record(g, experiment.decode) for g in groups])
 
-    learner = Learner(
-        config,
-        policy,
-        optimizer,
-        experiment.form,
-        experiment.plan.pack,
-        experiment.mesh,
-        on_nonfinite,
-        reference=jax.tree.map(jnp.copy, trained(policy.params)[0]) if config.loss.kl else None,
-    )
-    # The learner's are trained from here on.
-    del policy
-    experiment.policy = experiment.policy.without_params()
+    learner = experiment.begin(policy, on_nonfinite)
+    del policy  # its parameters are the learner's, and trained from here on
     if restoring:
         like = abstract(learner.state)
         for leaf in jax.tree.leaves(learner.state):
@@ -172,10 +157,7 @@ def _prepare(
     wait_for_all("the metrics are cut back")
     display.phase("compiling", None)
     with preemption.ending_at_once():
-        learner.compile()
-        experiment.compile_sampling(learner.policy)
-        # One padded call, so that normalising rewards compiles now.
-        set_advantages([], scale=config.loss.advantage_scale or "std", size=experiment.plan.sets)
+        experiment.compile()
         trim()
     return learner
 
@@ -183,19 +165,8 @@ def _prepare(
 def _warm_start(experiment: Experiment, folder: RunFolder, display: Display) -> Policy:
     """The policy after the warm start, with its adapters."""
     config = experiment.config
-    assert isinstance(experiment.task, ChainTask)  # checked by the schema
     display.phase("warm start", config.warm_start.steps)
-    policy = warm_start(
-        experiment.policy,
-        experiment.task,
-        experiment.problems.train,
-        config.warm_start,
-        seed=config.seed,
-        inline=config.reset.localizer.mode == "inline",
-        on_step=display.warm_start_step,
-        interrupt=experiment.collector.interrupt,
-        mesh=experiment.mesh,
-    )
+    policy = experiment.warm_started(display.warm_start_step)
     # Checkpoints hold only what is trained after this.
     if config.loss.kl or config.model.lora.rank:
         save_params(folder.start, policy.params)
@@ -220,22 +191,28 @@ def _loop(
     try:
         if late := _evaluate_late(experiment, learner, folder, trackers, display):
             alarms.note(late)
-        while learner.progress.step < config.train.steps:
+        ended = folder.history()[-1:]
+        experiment.stopped = ended[0].get("stopped") if ended else None
+        while learner.progress.step < config.train.steps and experiment.stopped is None:
             experiment.collector.interrupt()
             step = learner.progress.step + 1
             with _traced(step in config.run.profile_steps, folder.path / "profile"):
-                record, trees = _step(experiment, learner, folder, step)
+                record, trees = experiment.step_with_trees()
+            folder.save_trees(step, trees)
             finished = learner.state, learner.progress
             try:
                 if _evaluated(config, step):
-                    record |= evaluations(experiment, learner.policy, step)
+                    record |= experiment.evaluate(learner.policy, step)
+                call_back(experiment, record)
+                if experiment.stopped is not None and not _evaluated(config, step):
+                    record |= experiment.evaluate(learner.policy, step)
             finally:
                 record["compiles"] = compiles()
                 folder.log(record)
                 trackers.log(record)
                 display.step(record)
             alarms.note(record, trees)
-            if _saved(config, step):
+            if _saved(config, step) or experiment.stopped is not None:
                 _save(checkpoints, learner, record)
     except PreemptedError:
         checkpoints.save(learner.state, learner.progress)
@@ -258,7 +235,7 @@ def _evaluate_late(
     missing = _evaluated(experiment.config, step) and is_leader() and not folder.evaluated(step)
     if not any_process(missing):
         return None
-    record = {"step": step, **evaluations(experiment, learner.policy, step)}
+    record = {"step": step, **experiment.evaluate(learner.policy, step)}
     record["compiles"] = compiles()
     folder.complete(record)
     trackers.log(record)
@@ -284,45 +261,6 @@ def _saved(config: Config, step: int) -> bool:
     """Whether the step ends with a checkpoint."""
     best = config.checkpoint.keep_best > 0 and _evaluated(config, step)
     return step == config.train.steps or step % config.checkpoint.every_steps == 0 or best
-
-
-def _step(
-    experiment: Experiment, learner: Learner, folder: RunFolder, step: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One step: rollouts, advantages, update. Returns its metrics and its reset trees."""
-    config = experiment.config
-    start = time.perf_counter()
-    prompts = experiment.stream.next(config.train.prompts_per_step)
-    collected = experiment.collector.collect(learner.policy, prompts, seed=config.seed, step=step)
-    sampled = time.perf_counter()
-    set_advantages(
-        collected.groups,
-        scale=config.loss.advantage_scale or "std",
-        size=experiment.plan.sets,
-        cut_penalty=config.loss.overlong_penalty,
-        mask_cut=config.loss.overlong == "mask",
-    )
-    trim(LARGE_PROCESS)
-    metrics = learner.learn(collected.groups, len(prompts))
-    learner.progress = learner.progress._replace(
-        step=step, data_position=experiment.stream.position
-    )
-    folder.save_trees(step, collected.trees)
-    end = time.perf_counter()
-    metrics = {
-        "step": step,
-        "seconds": end - start,
-        **collected.metrics,
-        **metrics,
-        "data/position": experiment.stream.position,
-        "data/overlong_dropped": experiment.overlong.dropped,
-        "data/ungradable_dropped": experiment.problems.ungradable,
-        "optimizer_version": learner.progress.version,
-        "time/sample": sampled - start,
-        "time/update": end - sampled,
-        "time/tokens_per_second": collected.metrics["tokens_sampled"] / (end - start),
-    }
-    return metrics, collected.trees
 
 
 def _group_record(group: Group, decode: Callable[[np.ndarray], str]) -> dict[str, Any]:

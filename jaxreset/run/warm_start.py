@@ -15,28 +15,17 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxreset.config import WarmStart
 from jaxreset.losses import token_logps
+from jaxreset.models.block import MATRICES
 from jaxreset.models.encoding import continuation_tokens, prompt_tokens
 from jaxreset.models.policy import Policy
 from jaxreset.models.precision import computing_decoder, widened
 from jaxreset.parallel import data_shards, put, rows_sharding
 from jaxreset.tasks.base import Problem
-from jaxreset.tasks.chain import ChainTask
 
 Array = jax.Array
 
 # Solving comes first: localising is learnt quickly once the sums are known, and hardly before.
 SOLVING_ONLY = 0.45
-
-# What each matrix sums over and what it gives; axis 0 is the layer. The rest is left to Adam.
-MATRICES = {
-    "q": MuonDimensionNumbers((1,), (2, 3)),
-    "k": MuonDimensionNumbers((1,), (2, 3)),
-    "v": MuonDimensionNumbers((1,), (2, 3)),
-    "o": MuonDimensionNumbers((1, 2), (3,)),
-    "gate": MuonDimensionNumbers((1,), (2,)),
-    "up": MuonDimensionNumbers((1,), (2,)),
-    "down": MuonDimensionNumbers((1,), (2,)),
-}
 
 
 class Demonstrations(NamedTuple):
@@ -48,7 +37,7 @@ class Demonstrations(NamedTuple):
 
 
 def demonstrations(
-    task: ChainTask,
+    task: Any,
     problems: Sequence[Problem],
     tokenizer: Any,
     config: WarmStart,
@@ -57,6 +46,9 @@ def demonstrations(
     inline: bool = False,
 ) -> Iterator[tuple[Demonstrations, ...]]:
     """What each step learns from: solutions, and later as many localisations beside them.
+
+    `task` has `demonstrate_solution`, and where localising is taught `demonstrate_localization`; see
+    `tasks.base.Task`.
 
     Lengths are rounded up to multiples of 16, so that few shapes are compiled.
     """
@@ -78,7 +70,7 @@ def demonstrations(
     half = max(config.batch // 2, 1)
     for step in range(config.steps):
         rng = np.random.default_rng((seed, step))
-        if step < SOLVING_ONLY * config.steps:
+        if step < SOLVING_ONLY * config.steps or not hasattr(task, "demonstrate_localization"):
             yield (draw(task.demonstrate_solution, config.batch),)
         else:
             yield (
@@ -97,7 +89,8 @@ def make_warm_start_optimizer(config: WarmStart) -> optax.GradientTransformation
     def matrices(params: nnx.State) -> Any:
         def of(path: tuple[Any, ...], _: Array) -> MuonDimensionNumbers | None:
             names = (str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-            return next((MATRICES[name] for name in names if name in MATRICES), None)
+            axes = next((MATRICES[name] for name in names if name in MATRICES), None)
+            return None if axes is None else MuonDimensionNumbers(*axes)  # the rest is left to Adam
 
         return jax.tree_util.tree_map_with_path(of, params)
 
@@ -145,7 +138,7 @@ def supervised_step(
 
 def warm_start(
     policy: Policy,
-    task: ChainTask,
+    task: Any,
     problems: Sequence[Problem],
     config: WarmStart,
     *,

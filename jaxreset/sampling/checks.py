@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxreset.models.policy import Policy
 from jaxreset.sampling.rounds import Snapshot
-from jaxreset.steps import silent_ids
+from jaxreset.spelling import silent_ids
 
 
 def check_prompts(

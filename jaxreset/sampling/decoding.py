@@ -196,7 +196,7 @@ def _decode(
         return (drawn.reasons == StopReason.RUNNING) & (drawn.lengths < window)
 
     def place(lengths: Array) -> Place:
-        return model.place(lengths, lanes.prefix_lengths - 1, window)
+        return model.place(lengths, lanes.prefix_lengths - 1, window, shared[0].keys.shape[-1])
 
     def numbers(drawn: Drawn) -> Array:
         """Random numbers of the next tokens, `[DRAWN_AHEAD, M, K, 2]`; a lane that can go on goes on."""

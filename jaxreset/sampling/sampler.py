@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,14 +19,14 @@ from jaxreset.sampling.checks import (
     check_questions,
     check_snapshots,
 )
+from jaxreset.sampling.dealing import draw_round
 from jaxreset.sampling.decoding import Limits
-from jaxreset.sampling.drawing import Rows, Spent, Start, make_start, pad_start
+from jaxreset.sampling.drawing import Start, make_start
 from jaxreset.sampling.memory import HoldCache, RoundMemory
-from jaxreset.sampling.places import dealt, places_on, room_for
+from jaxreset.sampling.places import room_for
 from jaxreset.sampling.programs import Programs
 from jaxreset.sampling.rounds import (
     NO_LIMIT,
-    Held,
     Round,
     Shape,
     Snapshot,
@@ -36,14 +34,9 @@ from jaxreset.sampling.rounds import (
     Stream,
     apart,
 )
-from jaxreset.sampling.streams import deal, run_side_by_side
 from jaxreset.sampling.tokens import Draws
-from jaxreset.steps import (
-    StepAutomaton,
-    build_automaton,
-    split_steps,
-    token_bytes,
-)
+from jaxreset.spelling import token_bytes
+from jaxreset.steps import StepAutomaton, build_automaton, split_steps
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -193,7 +186,10 @@ class Sampler:
         def prefill(part: Shape, groups: np.ndarray, places: np.ndarray) -> Store:
             return self._programs.prefill(policy, part, [prefixes[g] for g in groups], places)
 
-        drawn = self._draw(policy, shape, prefill, prefixes, prompt_lengths, ids, first_rows, draws)
+        starts = self._starts(prefixes, prompt_lengths, ids, first_rows)
+        drawn = draw_round(
+            self._programs, policy, shape, prefill, starts, prefixes, prompt_lengths, draws
+        )
         return dataclasses.replace(drawn, streams=(stream,))
 
     def resume(
@@ -262,14 +258,14 @@ class Sampler:
             size = self.question_tokens
             return self._programs.extend(policy, cache, of(kept), of(asked), places, size)
 
-        drawn = self._draw(
+        drawn = draw_round(
+            self._programs,
             policy,
             shape,
             continued,
+            self._starts(prefixes, prompt_lengths, ids, first_rows),
             prefixes,
             prompt_lengths,
-            ids,
-            first_rows,
             draws,
             shards,
             parent if release else None,
@@ -347,75 +343,8 @@ class Sampler:
         most = max((shape.groups for shape in shapes or ()), default=NO_LIMIT)
         return shards if room_for(shards, self.shards) <= most else None
 
-    def _draw(
-        self,
-        policy: Policy,
-        shape: Shape,
-        prepare: Callable[[Shape, np.ndarray, np.ndarray], Store],
-        prefixes: list[np.ndarray],
-        prompt_lengths: Sequence[int],
-        ids: Sequence[int],
-        first_rows: Sequence[int] | None,
-        draws: Draws,
-        shards: Sequence[int] | None = None,
-        release: Round | None = None,
-    ) -> Round:
-        """Draws all rows, in streams; `prepare` makes the prefix store of some of the groups, or of each of
-        their parts.
-
-        `shards`: where each group must stand; None: they are dealt evenly.
-        `release`: a round that is read by `prepare` for the last time.
-        """
-        programs, memory = self._programs, self.memory(policy)
-        part, holds = memory.part(shape), memory.holds(shape)
-        starts = make_start(self.automaton, self.stop, prefixes, prompt_lengths, ids, first_rows)
-        cuts = shape.rows // part.rows
-
-        def prepared(groups: range) -> tuple[range, np.ndarray, Start, Store]:
-            members = np.repeat(groups, cuts)
-            shard_of = dealt(len(members), self.shards)
-            if shards is not None:
-                shard_of = np.asarray(shards)[members]
-            places = places_on(shard_of, part.groups, self.shards)
-            start = jax.tree.map(lambda x: x[members], starts)
-            first_rows = start.first_rows + np.tile(
-                np.arange(cuts, dtype=np.int32) * part.rows, len(groups)
-            )
-            start = pad_start(start._replace(first_rows=first_rows), part.groups, places)
-            return groups, places, start, prepare(part, members, places)
-
-        def stream(
-            groups: range, places: np.ndarray, start: Start, prefix: Store
-        ) -> tuple[Rows, Held | None, Spent]:
-            rows, pages, spent = programs.draw(policy, part, prefix, start, draws, hold=holds)
-            whole = len(groups), shape.rows
-            rows = jax.tree.map(lambda x: x[places].reshape(*whole, *x.shape[2:]), rows)
-            return rows, None if pages is None else Held(groups, places, prefix, pages), spent
-
-        programs.layout(policy)  # once, before streams ask for it side by side
-        parts = deal(len(prefixes), memory.streams_of(shape.rows))
-        ready = run_side_by_side([partial(prepared, groups) for groups in parts])
-        if release is not None:
-            release.release()
-        streams = [partial(stream, *beginning) for beginning in ready]
-        drawn, held, spent = zip(*run_side_by_side(streams), strict=True)
-        rows = jax.tree.map(lambda *parts: np.concatenate(parts), *drawn)
-        return Round(
-            ids=np.asarray(ids, np.int64),
-            prefixes=prefixes,
-            prompt_lengths=np.asarray(prompt_lengths, np.int64),
-            tokens=rows.tokens,
-            lengths=rows.lengths,
-            behavior_logps=rows.behavior_logps,
-            sampling_logps=rows.sampling_logps,
-            reasons=rows.reasons,
-            version=policy.version,
-            shape=shape,
-            lane_steps=sum(s.lane_steps for s in spent),
-            prefix_reads=sum(s.prefix_reads for s in spent),
-            held=tuple(h for h in held if h is not None),
-            weights=policy.weights,
-        )
+    def _starts(self, *where: Any) -> Start:
+        return make_start(self.automaton, self.stop, *where)
 
     def _draws(
         self, stream: Stream, temperature: float, top_p: float, top_k: int, max_new: int | None

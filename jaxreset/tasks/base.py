@@ -7,12 +7,16 @@ plain data, so that reward workers can import it without importing jax.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from jaxreset.tasks.localization import ask_for_step
+from jaxreset.tasks.templates import fill, shipped
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -26,11 +30,17 @@ class Problem:
             line).
         question: the text that the policy is asked.
         answer: the final answer that the verifier compares with; never shown to the policy.
+        solution: a reference solution, where the data has one; shown only where a rule or a
+            demonstration asks for it.
     """
 
     id: str
     question: str
     answer: str
+    solution: str = field(default="", compare=False, repr=False)
+
+
+Item = tuple[Problem, str]  # and a response to it
 
 
 class Scores(NamedTuple):
@@ -42,12 +52,17 @@ class Scores(NamedTuple):
         errors: indexes, ascending, of the items on which the verifier itself failed: it raised,
             crashed, or returned what is no reward; their reward is 0.
         reasons: how, in the order of `errors`.
+        parts: of several rewards, each one's own, float64 [n] by its name; unweighted.
     """
 
     rewards: NDArray[np.float64]
     timeouts: tuple[int, ...]
     errors: tuple[int, ...] = ()
     reasons: tuple[str, ...] = ()
+    parts: Mapping[str, NDArray[np.float64]] = MappingProxyType({})
+
+
+ScoreItems = Callable[[Sequence[Item]], "Scores | Sequence[float]"]
 
 
 def reward_of(value: Any) -> float:
@@ -65,40 +80,55 @@ def reward_of(value: Any) -> float:
     return reward
 
 
-class Task(Protocol):
-    """What the training loop and the reset rules ask of a task.
+class Task:
+    """What is learnt: how a problem is asked, and how a response is scored.
+
+    A task of your own is a class with `prompt` and `score`; derived from this one or not, what it lacks is
+    taken from here. `task.name: my_tasks:Sums` names it, and `task.options` are its keyword arguments.
+    Where it has `problems(split, size)`, for "train" and "test", it needs no `data.path`; where it has
+    `demonstrate_solution(problem, rng)`, which returns a prompt and a completion, it can be warm-started,
+    and taught to localise by `demonstrate_localization(problem, rng, inline=False)`.
 
     Attributes:
-        name: short name for logs and the run folder.
+        name: short name for logs and messages.
         delimiter: text that ends a step of a response.
         answer_marker: text whose appearance makes the current step the last one.
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def delimiter(self) -> str: ...
-    @property
-    def answer_marker(self) -> str: ...
+    name: str = "task"
+    delimiter: str = "\n"
+    answer_marker: str = "\\boxed{"
 
     def prompt(self, problem: Problem) -> str:
         """The raw text that the policy continues, one step at a time."""
+        raise NotImplementedError
+
+    def score(self, items: Sequence[Item]) -> Scores | Sequence[float]:
+        """Rewards of (problem, response text) pairs, in their order.
+
+        It may raise: `tasks.scoring` then finds out on which response.
+        """
+        raise NotImplementedError
 
     def localization(self, problem: Problem, steps: Sequence[str]) -> str:
         """The question which of the `steps` of a failed response is the first wrong one
         (1-based)."""
+        return ask_for_step(shipped("localize.txt"), problem, steps, self.delimiter)
 
     def inline_localization(self, problem: Problem, steps: Sequence[str]) -> str:
         """The same question, put behind the failed response itself."""
-
-    def score(self, items: Sequence[tuple[Problem, str]]) -> Scores:
-        """Rewards of (problem, response text) pairs, in their order.
-
-        It may raise: `training.scoring` then finds out on which response.
-        """
+        values = {"count": str(len(steps)), "delimiter": self.delimiter}
+        return fill(shipped("localize_inline.txt"), values)
 
     def first_wrong_step(self, problem: Problem, steps: Sequence[str]) -> int | None:
         """The true first wrong step (1-based), or None where the task cannot tell."""
+        return None
+
+    def reference(self, problem: Problem) -> list[str] | None:
+        """The steps of a reference solution, the last one with the answer; None: there is none."""
+        separator = self.delimiter if self.delimiter in problem.solution else "\n"
+        steps = [step.strip() for step in problem.solution.split(separator)]
+        return [step for step in steps if step] or None
 
     def close(self) -> None:
         """Ends whatever processes the verifier started; a later `score` starts them again."""

@@ -31,7 +31,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxreset.tasks.base import Problem, Scores
+from jaxreset.tasks.base import Item, Problem, Scores, Task
 
 LETTERS = "abcdefghi"
 TOKENIZER = Path(str(resources.files("jaxreset.tasks") / "chain_tokenizer"))
@@ -92,7 +92,7 @@ def _question(terms: Iterable[int]) -> str:
 
 
 @dataclass(frozen=True)
-class ChainTask:
+class ChainTask(Task):
     """Prompts, demonstrations and checker of the running sums.
 
     Attributes:
@@ -143,7 +143,7 @@ class ChainTask:
         """A question mark: problem and steps stand before it."""
         return "?\n"
 
-    def score(self, items: Sequence[tuple[Problem, str]]) -> Scores:
+    def score(self, items: Sequence[Item]) -> Scores:
         """1 where the last line is the boxed sum, else 0; the lines before it don't count."""
         right = [
             text.rstrip("\n").rpartition("\n")[2] == f"\\boxed{{{problem.answer}}}"
@@ -194,5 +194,6 @@ class ChainTask:
             question = attempt + self.inline_localization(problem, steps)
         return question, f"{checks}\\boxed{{{wrong}}}"
 
-    def close(self) -> None:
-        """Nothing to end."""
+    def reference(self, problem: Problem) -> list[str]:
+        """The one right solution."""
+        return self.solution(problem)

@@ -1,19 +1,17 @@
 r"""Mathematics: word problems and competition problems whose final answer can be compared.
 
-The prompts are text files, shipped in `prompts/` or given by the user. `{problem}`, `{steps}`,
-`{count}` and `{delimiter}` in them are replaced, in one pass; every other brace stands for itself,
-so LaTeX needs no escaping.
+Its prompts are template files, see `templates`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxreset.tasks.answers import prepare_verifier, same_answer
-from jaxreset.tasks.base import Problem, Scores
+from jaxreset.tasks.base import Item, Problem, Scores, Task
+from jaxreset.tasks.localization import ask_for_step
+from jaxreset.tasks.templates import fill, template
 from jaxreset.tasks.workers import RewardWorkers
 
 _SOLVE_FIELDS = ("problem",)
@@ -21,7 +19,7 @@ _LOCALIZE_FIELDS = ("problem", "steps", "count")
 _INLINE_FIELDS = ("count",)
 
 
-class MathTask:
+class MathTask(Task):
     r"""A `Task` whose steps end with `</thought>` and whose answer stands in `\boxed{}`.
 
     A reward is 1.0 (the problem's answer) or 0.0, so an attempt below 0.5 has failed. The task
@@ -53,11 +51,11 @@ class MathTask:
         processes: int = 2,
         cpu_seconds: float = 5.0,
     ):
-        self._solve = _template("solve_prompt", solve_prompt, "solve.txt", _SOLVE_FIELDS)
-        self._localize = _template(
+        self._solve = template("solve_prompt", solve_prompt, "solve.txt", _SOLVE_FIELDS)
+        self._localize = template(
             "localize_prompt", localize_prompt, "localize.txt", _LOCALIZE_FIELDS
         )
-        self._inline = _template(
+        self._inline = template(
             "inline_prompt", inline_prompt, "localize_inline.txt", _INLINE_FIELDS
         )
         self._workers = RewardWorkers(
@@ -66,7 +64,7 @@ class MathTask:
 
     def prompt(self, problem: Problem) -> str:
         """The text that the policy continues, one step at a time."""
-        return _fill(self._solve, {"problem": problem.question, "delimiter": self.delimiter})
+        return fill(self._solve, {"problem": problem.question, "delimiter": self.delimiter})
 
     def localization(self, problem: Problem, steps: Sequence[str]) -> str:
         r"""The question which of `steps` is the first wrong one, to be answered by one `\boxed{N}`.
@@ -79,31 +77,16 @@ class MathTask:
         Raises:
             ValueError: without a step.
         """
-        if not steps:
-            raise ValueError(f"problem {problem.id!r}: steps is empty; expected at least one")
-        numbered = (
-            f"Step {number}: {step.strip().removesuffix(self.delimiter.strip()).strip() or '(empty)'}"
-            for number, step in enumerate(steps, start=1)
-        )
-        values = {
-            "problem": problem.question,
-            "steps": "\n\n".join(numbered),
-            "count": str(len(steps)),
-        }
-        return _fill(self._localize, values | {"delimiter": self.delimiter})
+        return ask_for_step(self._localize, problem, steps, self.delimiter)
 
     def inline_localization(self, problem: Problem, steps: Sequence[str]) -> str:
         """The same question behind the failed response, which shows problem and steps already."""
-        return _fill(self._inline, {"count": str(len(steps)), "delimiter": self.delimiter})
+        return fill(self._inline, {"count": str(len(steps)), "delimiter": self.delimiter})
 
-    def score(self, items: Sequence[tuple[Problem, str]]) -> Scores:
+    def score(self, items: Sequence[Item]) -> Scores:
         """Rewards of (problem, response text) pairs; see `RewardWorkers.score` for its errors."""
         # A delimiter right behind an unboxed answer is no part of it.
         return self._workers.score([(p, text.replace(self.delimiter, "\n")) for p, text in items])
-
-    def first_wrong_step(self, problem: Problem, steps: Sequence[str]) -> int | None:
-        """None: only the final answer is known."""
-        return None
 
     def close(self) -> None:
         """Ends the reward workers; a later `score` starts them again."""
@@ -113,28 +96,3 @@ class MathTask:
 def score_answer(problem: Problem, response: str) -> float:
     """The reward of one response, 1.0 or 0.0. Runs in a reward worker: its time is unbounded."""
     return float(same_answer(response, problem.answer))
-
-
-def _template(argument: str, path: str | Path | None, shipped: str, fields: Sequence[str]) -> str:
-    """The text of a template, checked for its placeholders."""
-    if path is None:
-        source, name = resources.files("jaxreset.tasks") / "prompts" / shipped, shipped
-    else:
-        source, name = Path(path), str(path)
-    if not source.is_file():
-        raise FileNotFoundError(f"{argument}: no such file: {name}")
-    try:
-        text = source.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{argument}: {name} is not UTF-8 text: {error}") from error
-    missing = [f"{{{field}}}" for field in fields if f"{{{field}}}" not in text]
-    if missing:
-        raise ValueError(
-            f"{argument}: {name} lacks {', '.join(missing)}; put each where its text belongs"
-        )
-    return text
-
-
-def _fill(template: str, values: Mapping[str, str]) -> str:
-    """`template` with each `{name}` of `values` replaced; braces in the values stay as they are."""
-    return re.sub(rf"\{{({'|'.join(values)})\}}", lambda match: values[match[1]], template)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from jaxreset.models.encoding import prompt_tokens
+from jaxreset.models.encoding import continuation_tokens, prompt_tokens
 from jaxreset.parallel import gather, own_share
 from jaxreset.tasks.base import Problem, Task
-from jaxreset.tasks.chain import ChainTask
-from jaxreset.tasks.math import MathTask
 from jaxreset.tasks.records import Loaded, read_file
 
 
@@ -33,8 +31,8 @@ class Problems(NamedTuple):
     ungradable: int = 0
 
 
-def chain_problems(task: ChainTask, *, train_size: int, test_size: int) -> Problems:
-    """Generated problems; the test ones never occur among the training ones."""
+def own_problems(task: Any, *, train_size: int, test_size: int) -> Problems:
+    """Those that a task makes itself."""
     return Problems(task.problems("train", train_size), task.problems("test", test_size))
 
 
@@ -141,14 +139,26 @@ def encode_prompts(
     return [Prompt(*prompt) for prompt in zip(problems, encoded, numbers, strict=True)]
 
 
-def make_task(config: Any) -> Task:
-    """The task of a `config.TaskConfig`."""
-    if config.name == "chain":
-        return ChainTask(config.min_terms, config.max_terms, config.modulus, config.mistakes)
-    return MathTask(
-        solve_prompt=config.solve_prompt,
-        localize_prompt=config.localize_prompt,
-        inline_prompt=config.inline_prompt,
-        processes=config.processes,
-        cpu_seconds=config.cpu_seconds,
-    )
+def steps_writer(
+    task: Task, tokenizer: Any, *, max_response: int, max_steps: int | None, room: int
+) -> Callable[[Sequence[str]], np.ndarray]:
+    """A function from steps to the token ids that a response begins with: as many steps as leave `room`.
+
+    Args:
+      task: its delimiter ends each step.
+      tokenizer: the policy's.
+      max_response, max_steps: limits of a response; room for one more step is left.
+      room: tokens that a step may take.
+    """
+
+    def write(steps: Sequence[str]) -> np.ndarray:
+        steps = list(steps)[: None if max_steps is None else max_steps - 1]
+        while steps:
+            text = "".join(f"{step}{task.delimiter}" for step in steps)
+            tokens = continuation_tokens(tokenizer, text)
+            if len(tokens) + room <= max_response:
+                return tokens
+            steps = steps[:-1]
+        return np.zeros(0, np.int32)
+
+    return write

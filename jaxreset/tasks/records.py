@@ -135,7 +135,9 @@ def _problem(record: Mapping[str, Any], name: str, place: str) -> Problem:
             f"{place}: field {field!r} ends in {_brief(answer)}, which no answer equals; "
             f"expected {expected}"
         )
-    return Problem(name, question, answer)
+    shown = record.get("solution") or (written if asked == "question" else "")
+    solution = _CALCULATOR_MARK.sub("", shown) if isinstance(shown, str) else ""
+    return Problem(name, question, answer, solution)
 
 
 def _text(record: Mapping[str, Any], field: str, place: str, expected: str) -> str:

@@ -17,9 +17,8 @@ import numpy as np
 from jaxreset.errors import ConfigError, RunError
 from jaxreset.json_text import dumps
 from jaxreset.parallel import gather, own_share
-from jaxreset.tasks.base import Problem, Scores, Task, reward_of
+from jaxreset.tasks.base import Item, ScoreItems, Scores, reward_of
 
-Item = tuple[Problem, str]
 Record = dict[str, Any]
 
 logger = logging.getLogger(__name__)
@@ -29,60 +28,71 @@ KEPT_CHARACTERS = 8000  # of a response there
 SHOWN_CHARACTERS = 300  # of a response in a message
 
 
-def score_together(task: Task, items: Sequence[Item]) -> Scores:
-    """`task.score(items)`, the same in every process; each must call it with the same items.
+def score_together(score: ScoreItems, items: Sequence[Item]) -> Scores:
+    """`score(items)`, the same in every process; each must call it with the same items.
 
-    A response on which `task.score` raises, or to which it gives what is no reward, scores 0.
+    A response on which `score` raises, or to which it gives what is no reward, scores 0.
 
     Raises:
-      RunError: it gives another number of rewards than there are items, or as `task.score` does.
-      Exception: what `task.score` raised, where no response by itself is the cause.
+      RunError: it gives another number of rewards than there are items, or as `score` does.
+      Exception: what `score` raised, where no response by itself is the cause.
     """
     share = own_share(len(items))
-    own = _score(task, items[share.start : share.stop])
-    indexes = range(len(share))
+    own = score_alone(score, items[share.start : share.stop])
     mine = [
-        (r, i in own.timeouts, i in own.errors)
-        for i, r in zip(indexes, own.rewards.tolist(), strict=True)
+        (
+            r,
+            i in own.timeouts,
+            i in own.errors,
+            {n: float(part[i]) for n, part in own.parts.items()},
+        )
+        for i, r in enumerate(own.rewards.tolist())
     ]
-    rewards, timed_out, failed = zip(*gather(mine), strict=True) if items else ((), (), ())
+    rewards, timed_out, failed, parts = zip(*gather(mine), strict=True) if items else ((),) * 4
+    names = parts[0] if parts else ()
     return Scores(
         np.asarray(rewards, np.float64),
         tuple(i for i, fired in enumerate(timed_out) if fired),
         tuple(i for i, failure in enumerate(failed) if failure),
         tuple(gather(own.reasons)) if any(failed) else (),
+        {name: np.asarray([part[name] for part in parts], np.float64) for name in names},
     )
 
 
-def _score(task: Task, items: Sequence[Item]) -> Scores:
-    """This process's share; where it raises for all, the responses one by one."""
+def score_alone(score: ScoreItems, items: Sequence[Item]) -> Scores:
+    """As `score_together`, in this process; where it raises for all, the responses one by one."""
     try:
-        return _checked(task.score(items), len(items))
+        return _checked(score(items), len(items))
     except (RunError, ConfigError):
         raise
     except Exception as error:
-        alone = [_score_alone(task, item) for item in items]
-        failed = [i for i, (_, _, reason) in enumerate(alone) if reason is not None]
+        alone = [_score_one(score, item) for item in items]
+        failed = [i for i, scores in enumerate(alone) if scores.errors]
         if not failed:
             raise error from None
-        rewards = np.array([reward for reward, _, _ in alone], np.float64)
-        timeouts = tuple(i for i, (_, timed_out, _) in enumerate(alone) if timed_out)
-        return Scores(rewards, timeouts, tuple(failed), tuple(str(alone[i][2]) for i in failed))
+        rewards = np.array([scores.rewards[0] for scores in alone], np.float64)
+        timeouts = tuple(i for i, scores in enumerate(alone) if scores.timeouts)
+        names = {name for scores in alone for name in scores.parts}
+        nothing = np.zeros(1)
+        parts = {n: np.array([s.parts.get(n, nothing)[0] for s in alone]) for n in sorted(names)}
+        reasons = tuple(alone[i].reasons[0] for i in failed)
+        return Scores(rewards, timeouts, tuple(failed), reasons, parts)
 
 
-def _score_alone(task: Task, item: Item) -> tuple[float, bool, str | None]:
-    """A response's reward, whether its deadline fired, and how the verifier failed, if it did."""
+def _score_one(score: ScoreItems, item: Item) -> Scores:
+    """A response's; where the verifier raises, that is its error."""
     try:
-        scores = _checked(task.score([item]), 1)
+        return _checked(score([item]), 1)
     except (RunError, ConfigError):
         raise
     except Exception as error:
-        return 0.0, False, f"{type(error).__name__}: {error}"
-    return float(scores.rewards[0]), bool(scores.timeouts), next(iter(scores.reasons), None)
+        return Scores(np.zeros(1), (), (0,), (f"{type(error).__name__}: {error}",))
 
 
-def _checked(scores: Scores, count: int) -> Scores:
+def _checked(scores: Scores | Sequence[float], count: int) -> Scores:
     """With float64 rewards `[count]`; those that are none are errors. A NaN is left as it is."""
+    if not isinstance(scores, Scores):
+        scores = Scores(scores, ())  # type: ignore[arg-type]  # made of numbers below
     given = list(scores.rewards)
     if len(given) != count:
         raise RunError(
@@ -96,7 +106,8 @@ def _checked(scores: Scores, count: int) -> Scores:
         except (TypeError, ValueError, OverflowError) as error:
             errors[i] = f"{type(error).__name__}: {error}"
     failed = sorted(errors)
-    return Scores(rewards, scores.timeouts, tuple(failed), tuple(errors[i] for i in failed))
+    reasons = tuple(errors[i] for i in failed)
+    return Scores(rewards, scores.timeouts, tuple(failed), reasons, scores.parts)
 
 
 class Verdicts(NamedTuple):

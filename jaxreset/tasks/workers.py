@@ -36,9 +36,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxreset.errors import RunError
-from jaxreset.tasks.base import Problem, Scores, reward_of
+from jaxreset.tasks.base import Item, Problem, Scores, reward_of
 
-Item = tuple[Problem, str]
 ScoreOne = Callable[[Problem, str], float]
 
 logger = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ _BOOT = (
 )
 
 
-class Limits(NamedTuple):
+class ItemLimits(NamedTuple):
     """What one item may take; the bytes are of address space beyond the idle worker's."""
 
     cpu_seconds: float
@@ -103,7 +102,7 @@ class RewardWorkers:
     ):
         if wall_seconds is None:
             wall_seconds = 60.0 * cpu_seconds
-        self._limits = Limits(cpu_seconds, wall_seconds, memory_bytes)
+        self._limits = ItemLimits(cpu_seconds, wall_seconds, memory_bytes)
         for name, value in {"processes": processes, **self._limits._asdict()}.items():
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value}: expected a positive, finite number")
@@ -202,7 +201,7 @@ class RewardWorkers:
 class _Worker:
     """The parent's side of a worker: `ready` once it has started, `index` of the item it scores."""
 
-    def __init__(self, functions: bytes, limits: Limits):
+    def __init__(self, functions: bytes, limits: ItemLimits):
         self.ready = False
         self.index: int | None = None
         self.limits = limits
@@ -280,7 +279,7 @@ def serve(fd: int) -> None:
             pipe.send(_score_under(limits, score_one, pipe.recv()))
 
 
-def _score_under(limits: Limits, score_one: ScoreOne, item: Item) -> tuple[str, float | str]:
+def _score_under(limits: ItemLimits, score_one: ScoreOne, item: Item) -> tuple[str, float | str]:
     """Scores one item with the timers armed; the reply."""
     signal.setitimer(signal.ITIMER_REAL, limits.wall_seconds)
     signal.setitimer(signal.ITIMER_PROF, limits.cpu_seconds)

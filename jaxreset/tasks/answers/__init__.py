@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 from jaxreset.tasks.answers.boxes import after_hashes, final_answer, last_boxed
 from jaxreset.tasks.answers.comparing import same
+from jaxreset.tasks.answers.evaluation import TooLargeError
 from jaxreset.tasks.answers.reading import plain_parts, read
 from jaxreset.tasks.answers.shapes import Unread, Words
 from jaxreset.tasks.answers.text import clean, squash
-from jaxreset.tasks.answers.values import TooLargeError
 
 __all__ = [
     "PlainNumber",

@@ -6,7 +6,7 @@ A node is a tuple of an operation and its arguments:
 
     ("number", Fraction)   ("variable", name)   ("constant", "pi" | "e" | "i")   ("infinity", ±1)
     ("+", a, b)  ("-", a)  ("*", a, b)  ("/", a, b)  ("^", a, b)  ("!", a)  ("degrees", a)
-    (function, a, …): one of `FUNCTIONS`
+    (function, a, …): one of `lexicon.FUNCTIONS`
 """
 
 from __future__ import annotations
@@ -16,46 +16,22 @@ from fractions import Fraction
 from typing import Any
 
 from jaxreset.tasks.answers.letters import is_product, may_be_product
+from jaxreset.tasks.answers.lexicon import (
+    ALIASES,
+    FUNCTIONS,
+    GREEK,
+    LEFT_TO_SYMPY,
+    PLAIN_NAMES,
+    SEVERAL,
+    numeral,
+)
 
 Node = tuple[Any, ...]
 
-TRIGONOMETRIC = ["sin", "cos", "tan", "sec", "csc", "cot", "sinh", "cosh", "tanh"]
-FUNCTIONS = frozenset(
-    [
-        *TRIGONOMETRIC,
-        *("arcsin", "arccos", "arctan", "ln", "log", "exp", "abs", "floor", "ceil"),
-        *("max", "min", "gcd", "lcm", "binom"),
-    ]
-)
-_SEVERAL = frozenset(("max", "min", "gcd", "lcm"))
-_ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
-_GREEK = frozenset(
-    (
-        *("alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta"),
-        *("vartheta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "varrho", "sigma", "tau"),
-        *("upsilon", "phi", "varphi", "chi", "psi", "omega", "ell"),
-        *("Gamma", "Delta", "Theta", "Lambda", "Xi", "Sigma", "Phi", "Psi", "Omega"),
-    )
-)
-# What only math-verify reads.
-_LEFT_TO_SYMPY = frozenset(
-    (
-        *(r"\int", r"\iint", r"\oint", r"\sum", r"\prod", r"\lim", r"\begin", r"\det"),
-        *(r"\partial", r"\nabla"),
-    )
-)
-# What stands for itself without a backslash, too.
-_PLAIN_NAMES = (FUNCTIONS | _GREEK | _ALIASES.keys() | {"sqrt", "pi"}) - {"binom", "ell"}
-
-_NUMBER = re.compile(
-    r"(?:(?P<whole>[0-9]+)(?:\.(?P<places>[0-9]*))?|\.(?P<only>[0-9]+))"
-    r"(?:\\overline\s*\{(?P<repeating>[0-9]+)\}|[eE](?P<exponent>[+-]?[0-9]{1,4})(?![0-9A-Za-z.]))?"
-)
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _NAME = re.compile(r"\\?([A-Za-z]+)")
 _LETTERS = re.compile(r"[A-Za-z]+|[\u0370-\u03ff]")
 _SUBSCRIPT = re.compile(r"\s*_\s*(?:\{\s*([0-9A-Za-z]+)\s*\}|([0-9A-Za-z]))")
-_LONGEST_NUMBER = 2000
 _DEEPEST = 60
 
 
@@ -268,20 +244,10 @@ class _Parser:
         return ("number", value)
 
     def numeral(self) -> Fraction:
-        match = _NUMBER.match(self.text, self.at)
-        if match is None or match.end() - match.start() > _LONGEST_NUMBER:
+        found = numeral(self.text, self.at)
+        if found is None:
             raise self.fail()
-        self.at = match.end()
-        places = match["places"] or match["only"] or ""
-        value = Fraction(int((match["whole"] or "") + places), 10 ** len(places))
-        if (again := match["repeating"]) is not None:
-            if match["places"] is None and match["only"] is None:
-                raise self.fail()  # a bar over an integer is a label
-            value += Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(places))
-        if match["exponent"] is not None:
-            value *= Fraction(10) ** int(match["exponent"])
-        if self.text[self.at : self.at + 1].isdigit() or self.text.startswith(".", self.at):
-            raise self.fail()
+        value, self.at = found
         return value
 
     def simple_fraction(self) -> Fraction | None:
@@ -315,7 +281,7 @@ class _Parser:
         if match is None:
             raise self.fail()
         name = match[0][1:]
-        if match[0] in _LEFT_TO_SYMPY:
+        if match[0] in LEFT_TO_SYMPY:
             raise LeftToSympyError(self.text)
         self.at = match.end()
         if name == "frac":
@@ -346,14 +312,14 @@ class _Parser:
 
     def named(self, name: str) -> Node:
         """A function, a constant or a Greek letter whose name has just been read."""
-        name = _ALIASES.get(name, name)
+        name = ALIASES.get(name, name)
         if name == "pi":
             return ("constant", "pi")
         if name == "sqrt":
             return self.root()
         if name in FUNCTIONS:
             return self.function(name)
-        if name in _GREEK:
+        if name in GREEK:
             return ("variable", self.subscripted("\\" + name))
         raise self.fail()
 
@@ -366,10 +332,10 @@ class _Parser:
             raised = self.exponent()
             if raised == ("-", ("number", Fraction(1))) and name in ("sin", "cos", "tan"):
                 name, raised = "arc" + name, None
-        if self.next_is("(") or (name in _SEVERAL and self.next_is("{")):
+        if self.next_is("(") or (name in SEVERAL and self.next_is("{")):
             self.take("(", "{")
             arguments = [self.sum()]
-            while name in _SEVERAL and self.take(","):
+            while name in SEVERAL and self.take(","):
                 arguments.append(self.sum())
             self.expect(")" if self.text[self.at : self.at + 1] != "}" else "}")
         elif name == "abs":
@@ -403,7 +369,7 @@ class _Parser:
             raise self.fail()
         run = match[0]
         if self.at >= self.run_end:
-            if run in _PLAIN_NAMES:
+            if run in PLAIN_NAMES:
                 self.at = match.end()
                 return self.named(run)
             # "5 no" is no product: a space behind a digit or a letter separates words.

@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from jaxreset.tasks.answers import values
+from jaxreset.tasks.answers.evaluation import UndefinedError
 from jaxreset.tasks.answers.expressions import Node
 from jaxreset.tasks.answers.shapes import (
     Interval,
@@ -110,6 +111,6 @@ def _intersection(rays: Sequence[Interval]) -> Interval | None:
                 high, high_closed = ray.high, ray.high_closed
         if values.compare(low.node, high.node) >= 0:
             return None
-    except values.UndefinedError:
+    except UndefinedError:
         return None
     return Interval(low, high, low_closed, high_closed)

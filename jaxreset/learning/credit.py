@@ -1,0 +1,84 @@
+"""Step-level credit: what a reset kept of a rollout is worth what it adds to the chance of success."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxreset.groups import Group
+from jaxreset.losses import Scale
+
+SMALL = 1e-8  # a deviation below it counts as none, as in `losses.group_advantages`
+
+
+def credit_steps(groups: Sequence[Group], *, scale: Scale) -> None:
+    """Gives the tokens of rollouts that were reset advantages of their own, `Group.token_advantages`.
+
+    A group's mean reward is the value of the state that it starts from (VinePPO, arXiv 2410.01679; SPO,
+    arXiv 2505.23564). Of a rollout with a reset before step h,
+
+        tokens of the kept steps   value of the reset group - value of its own group
+        the tokens after them      its reward - value of the reset group
+
+    in the unit in which its group's advantages are, `scale`: together they are the group's advantage, and a
+    rollout without resets has just that. With several resets each part is between two of them.
+
+    Args:
+      groups: of a step, those of a prompt in the order in which they were drawn, with advantages.
+      scale: see `losses.group_advantages`.
+    """
+    of_prompt: defaultdict[int, list[Group]] = defaultdict(list)
+    for group in groups:
+        of_prompt[group.prompt].append(group)
+    for family in of_prompt.values():
+        units = _units(family, scale)
+        for number, group in enumerate(family):
+            children: defaultdict[int, list[tuple[int, float]]] = defaultdict(list)
+            for child in family:
+                if child.parent is not None and child.parent[0] == number:
+                    kept = len(child.prefix) - len(group.prefix)
+                    children[child.parent[1]].append((kept, float(np.mean(child.rewards))))
+            if not children:
+                continue
+            value, unit = float(np.mean(group.rewards)), units[group.normalized_with]
+            group.token_advantages = [
+                _of_parts(
+                    len(suffix), sorted(children[row]), value, unit, float(group.advantages[row])
+                )
+                for row, suffix in enumerate(group.suffixes)
+            ]
+
+
+def _of_parts(
+    length: int, cuts: Sequence[tuple[int, float]], start: float, unit: float, whole: float
+) -> np.ndarray:
+    """Advantages `[length]` of a rollout's tokens; `cuts`: kept tokens and value of each reset."""
+    advantages, begin, value = np.zeros(length, np.float32), 0, start
+    for kept, reached in cuts:
+        advantages[begin : max(kept, begin)] = (reached - value) / unit
+        if kept > begin:
+            begin, value = kept, reached
+    advantages[begin:] = whole - (value - start) / unit
+    return advantages
+
+
+def _units(family: Sequence[Group], scale: Scale) -> dict[int, float]:
+    """What the rewards of each set that is normalised together are divided by; 1 where all are equal."""
+    sets: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+    for group in family:
+        sets[group.normalized_with].append(np.asarray(group.rewards, np.float64))
+    units = {}
+    for name, rewards in sets.items():
+        joined = np.concatenate(rewards)
+        count, deviation = len(joined), float(np.std(joined))
+        unit = {
+            "std": deviation,
+            "sample_std": deviation * np.sqrt(count / max(count - 1, 1)) + 1e-6,
+            "mean": float(np.mean(joined)),
+            "loo": (count - 1) / count,
+            "none": 1.0,
+        }[scale]
+        units[name] = float(unit) if deviation >= SMALL and unit > 0 else 1.0
+    return units

@@ -1,0 +1,90 @@
+"""Parts of an experiment that are more than a line of its config: policy, problems, localizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxreset.config import Config
+from jaxreset.models.encoding import chat_variables
+from jaxreset.models.placement import param_shardings
+from jaxreset.models.policy import Policy, load_policy, new_policy
+from jaxreset.parallel import check_sizes, put
+from jaxreset.planning.shapes import RunShapes
+from jaxreset.resets.localize import Localizer, PolicyLocalizer, ScoringLocalizer
+from jaxreset.sampling import Sampler, StopRules
+from jaxreset.tasks.base import Task
+from jaxreset.tasks.chain import TOKENIZER
+from jaxreset.tasks.pipeline import Problems, own_problems, read_problems
+
+
+def spread(policy: Policy, mesh: jax.sharding.Mesh | None) -> Policy:
+    """With its parameters where they belong on the mesh, if there is one."""
+    if mesh is None:
+        return policy
+    params = put(policy.params, param_shardings(mesh, policy.params))
+    return policy.with_params(params, policy.version)
+
+
+def adapted(config: Config, policy: Policy, mesh: jax.sharding.Mesh | None) -> Policy:
+    """The policy with the adapters that the config asks for."""
+    if (lora := config.model.lora.make()) is None:
+        return policy
+    policy = policy.with_lora(lora.rank, lora.alpha, targets=lora.targets, seed=config.seed)
+    return spread(policy, mesh)
+
+
+def make_localizer(
+    config: Config,
+    shapes: RunShapes,
+    task: Task,
+    policy: Policy,
+    mesh: jax.sharding.Mesh | None,
+) -> Localizer:
+    """What answers the localisation question, for rules that ask."""
+    ask, shape = config.reset.localizer, shapes.localize
+    assert shape is not None
+    common: dict[str, Any] = {
+        "batch": shape.groups,
+        "question_limit": ask.max_question_tokens,
+        "temperature": ask.temperature,
+        "top_p": ask.top_p,
+        "top_k": ask.top_k,
+        "variables": chat_variables(config.task.date, config.task.enable_thinking),
+    }
+    if ask.mode == "score":
+        return ScoringLocalizer(policy.tokenizer, most_steps=config.sampling.max_steps, **common)
+    inline = ask.mode == "inline"
+    failed = sorted({parent for parent, _ in shapes.forks})  # rounds whose rollouts are asked about
+    sampler = Sampler.for_policy(
+        policy,
+        StopRules(ask.max_tokens),
+        delimiter=task.delimiter,
+        shapes=[] if inline else [shape],
+        forks=[(drawn, shape) for drawn in failed] if inline else [],
+        question_tokens=ask.max_question_tokens if inline else 0,
+        hold_cache=config.sampling.hold_cache if inline else "never",
+        mesh=mesh,
+    )
+    return PolicyLocalizer(sampler, inline=inline, **common)
+
+
+def read_or_make_problems(config: Config, task: Task) -> Problems:
+    data = config.data
+    if data.path is None:
+        return own_problems(task, train_size=data.chain_size, test_size=data.eval_size)
+    return read_problems(data.path, data.eval_path, test_size=data.eval_size)
+
+
+def starting_policy(config: Config, mesh: jax.sharding.Mesh | None) -> Policy:
+    """The config's, its parameters where they belong on the mesh."""
+    if config.model.path is not None:
+        return load_policy(config.model.path, dtype=config.model.dtype, mesh=mesh)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    sizes = config.model.fresh.make(len(tokenizer), config.model.dtype)
+    if mesh is not None:
+        check_sizes(mesh, heads=sizes.heads, mlp=sizes.mlp, width=sizes.width)
+    return spread(new_policy(sizes, tokenizer, seed=config.seed), mesh)
