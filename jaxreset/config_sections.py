@@ -180,9 +180,8 @@ class TaskConfig(Section):
 
     def make(self) -> Task:
         """The task; raises as its class does."""
-        found = extensions.load(self.name) if extensions.is_path(self.name) else None
-        if found is not None and not isinstance(found, type):
-            return complete_object(found)  # it was handed over
+        if extensions.handed_over(self.name):
+            return complete_object(extensions.load(self.name))
         keys = OWN_KEYS.get(self.name, ())
         arguments = {key: getattr(self, key) for key in keys}
         return find_task(self.name)(**self.options, **arguments)

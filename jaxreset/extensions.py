@@ -11,6 +11,7 @@ import difflib
 import importlib
 import inspect
 import itertools
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -40,6 +41,11 @@ def hand_over(thing: Any) -> str:
     return path
 
 
+def handed_over(path: str) -> bool:
+    """Whether a path names an object that was handed over."""
+    return path in _handed_over
+
+
 def is_path(name: str) -> bool:
     """Whether a config's name leads outside, rather than to one of ours."""
     return ":" in name
@@ -64,6 +70,8 @@ def load(path: str) -> Any:
         )
     if not all(part.isidentifier() for part in parts):
         raise ValueError(f"{path}: {EXPECTED}")
+    if (here := os.getcwd()) not in sys.path:  # a command's Python doesn't look there by itself
+        sys.path.append(here)
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -136,10 +144,15 @@ def parameters(function: Any, expected: str) -> list[inspect.Parameter]:
     """
     if not callable(function):
         raise ValueError(f"{function!r:.80} is no function; expected {expected}")
+    found = _signature(function)
+    return [] if found is None else list(found.parameters.values())
+
+
+def _signature(function: Any) -> inspect.Signature | None:
     try:
-        return list(inspect.signature(function).parameters.values())
+        return inspect.signature(function)
     except (TypeError, ValueError):  # of compiled code, say
-        return []
+        return None
 
 
 def check_call(
@@ -151,8 +164,8 @@ def check_call(
       ValueError: it may not; `expected` is how it should be written.
     """
     keywords = list(keywords)
-    if found := parameters(function, expected):
-        signature = inspect.Signature(found)
+    parameters(function, expected)
+    if (signature := _signature(function)) is not None:
         try:
             signature.bind(*[None] * count, **dict.fromkeys(keywords))
         except TypeError as error:

@@ -13,7 +13,9 @@ from jaxreset.losses import Scale
 SMALL = 1e-8  # a deviation below it counts as none, as in `losses.group_advantages`
 
 
-def credit_steps(groups: Sequence[Group], *, scale: Scale) -> None:
+def credit_steps(
+    groups: Sequence[Group], *, scale: Scale, cut_penalty: float = 0.0, mask_cut: bool = False
+) -> None:
     """Gives the tokens of rollouts that were reset advantages of their own, `Group.token_advantages`.
 
     A group's mean reward is the value of the state that it starts from (VinePPO, arXiv 2410.01679; SPO,
@@ -28,27 +30,34 @@ def credit_steps(groups: Sequence[Group], *, scale: Scale) -> None:
     Args:
       groups: of a step, those of a prompt in the order in which they were drawn, with advantages.
       scale: see `losses.group_advantages`.
+      cut_penalty, mask_cut: as of `groups.set_advantages`, which was called before.
     """
+
+    def value_of(group: Group) -> float:
+        return float(np.mean(group.rewards - cut_penalty * group.cut))
+
     of_prompt: defaultdict[int, list[Group]] = defaultdict(list)
     for group in groups:
         of_prompt[group.prompt].append(group)
     for family in of_prompt.values():
-        units = _units(family, scale)
+        units = _units(family, scale, cut_penalty)
         for number, group in enumerate(family):
             children: defaultdict[int, list[tuple[int, float]]] = defaultdict(list)
             for child in family:
                 if child.parent is not None and child.parent[0] == number:
                     kept = len(child.prefix) - len(group.prefix)
-                    children[child.parent[1]].append((kept, float(np.mean(child.rewards))))
+                    children[child.parent[1]].append((kept, value_of(child)))
             if not children:
                 continue
-            value, unit = float(np.mean(group.rewards)), units[group.normalized_with]
+            value, unit = value_of(group), units[group.normalized_with]
             group.token_advantages = [
                 _of_parts(
                     len(suffix), sorted(children[row]), value, unit, float(group.advantages[row])
                 )
                 for row, suffix in enumerate(group.suffixes)
             ]
+            for row in np.flatnonzero(np.broadcast_to(group.cut & mask_cut, len(group.suffixes))):
+                group.token_advantages[row] = np.zeros(len(group.suffixes[row]), np.float32)
 
 
 def _of_parts(
@@ -64,11 +73,11 @@ def _of_parts(
     return advantages
 
 
-def _units(family: Sequence[Group], scale: Scale) -> dict[int, float]:
+def _units(family: Sequence[Group], scale: Scale, cut_penalty: float) -> dict[int, float]:
     """What the rewards of each set that is normalised together are divided by; 1 where all are equal."""
     sets: defaultdict[int, list[np.ndarray]] = defaultdict(list)
     for group in family:
-        sets[group.normalized_with].append(np.asarray(group.rewards, np.float64))
+        sets[group.normalized_with].append(group.rewards - cut_penalty * group.cut)
     units = {}
     for name, rewards in sets.items():
         joined = np.concatenate(rewards)

@@ -243,7 +243,12 @@ class Experiment:
             mask_cut=loss.overlong == "mask",
         )
         if loss.credit == "steps" and isinstance(self.advantage, str):
-            credit_steps(groups, scale=self.advantage)
+            credit_steps(
+                groups,
+                scale=self.advantage,
+                cut_penalty=loss.overlong_penalty,
+                mask_cut=loss.overlong == "mask",
+            )
 
     def learn(self, groups: Iterable[Group]) -> dict[str, float]:
         """Learns from groups that have advantages, which ends the step; returns metrics of the update.

@@ -11,6 +11,7 @@ from jaxreset.config import Config
 from jaxreset.config_file import parse_config
 from jaxreset.config_sections import CALLBACK
 from jaxreset.errors import ConfigError
+from jaxreset.tasks.classes import complete_object
 from jaxreset.tasks.rewards import OWN
 
 
@@ -69,6 +70,10 @@ def _hand_over_task(task: Any, section: dict[str, Any]) -> str:
     """The name of a task; a data class is named by its class, and its fields are the options."""
     if isinstance(task, str):
         return task
+    try:
+        complete_object(task)
+    except ValueError as error:
+        raise ConfigError(f"task: {error}") from error
     section["options"] = {}
     if dataclasses.is_dataclass(task) and not isinstance(task, type):
         fields = {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.init}

@@ -21,8 +21,7 @@ def find_task(name: str) -> type[Task]:
     """
     found = extensions.find(name, TASKS, "task")
     found = extensions.load(found) if isinstance(found, str) else found
-    handed_over = extensions.is_path(name) and not isinstance(found, type)
-    return type(complete_object(found)) if handed_over else complete(found)
+    return type(complete_object(found)) if extensions.handed_over(name) else complete(found)
 
 
 def complete(found: Any) -> type[Task]:

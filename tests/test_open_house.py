@@ -1,0 +1,303 @@
+"""What a user brings: six files of examples/ named in a config, and the same six handed over as objects."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxreset import Experiment, Objective, Task, extensions, open_run, train
+from jaxreset.config_file import load_config, parse_config
+from jaxreset.errors import ConfigError, RunError
+from jaxreset.models.adapters import trained
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+HOUSE = EXAMPLES / "open_house.yaml"
+TINY = """
+    model.fresh.layers=2 model.fresh.width=32 model.fresh.heads=2 model.fresh.kv_heads=2 model.fresh.mlp=64
+    sampling.max_prompt_tokens=18 sampling.max_response_tokens=32 sampling.max_step_tokens=8
+    warm_start.steps=5 warm_start.batch=8 train.steps=6 train.prompts_per_step=4
+    train.microbatch_tokens=1500 train.min_signal_groups=0 data.eval_size=16 eval.batch=16
+    checkpoint.every_steps=2
+"""
+TIMES = ("time/", "seconds", "compiles")
+NAMES = "strict_sums", "brevity", "last_step", "ranks", "gspo", "stop_early"
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: one)
+
+
+@pytest.fixture
+def house(monkeypatch):
+    """The examples, importable; forgotten afterwards."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    yield {name: importlib.import_module(name) for name in NAMES}
+    for name in NAMES:
+        sys.modules.pop(name)
+
+
+def tiny(folder, *overrides):
+    return load_config(HOUSE, [*TINY.split(), f"run.dir={folder}", *overrides])
+
+
+def objects(house):
+    return {
+        "task": house["strict_sums"].StrictSums(min_terms=3, max_terms=5, modulus=5),
+        "reward": {"correct": "task", "brief": (house["brevity"].brief, 0.1)},
+        "rule": house["last_step"].last_step,
+        "advantage": house["ranks"].ranked,
+        "form": house["gspo"].sequence_ratio,
+        "callbacks": [house["stop_early"].when_solved],
+    }
+
+
+def plain(folder, *overrides):
+    """The same config without what the six files bring."""
+    values = {"objective": "rrpo", "run": {"dir": str(folder)}}
+    for override in [*TINY.split(), *overrides]:
+        key, _, value = override.partition("=")
+        section, name = key.split(".", 1)
+        inner = values.setdefault(section, {})
+        *between, last = name.split(".")
+        for part in between:
+            inner = inner.setdefault(part, {})
+        inner[last] = json.loads(value)
+    return parse_config(values)
+
+
+def repeatable(record):
+    return {k: v for k, v in record.items() if not k.startswith(TIMES)}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_in_haste")
+def test_six_files_named_in_a_config_train_and_as_objects_give_the_same(house, tmp_path):
+    named = train(tiny(tmp_path / "named"))
+    assert named.history[-1]["stopped"] == "no reward in 3 steps"
+    assert [line["step"] for line in named.history] == [0, 1, 2, 3]
+    assert all("eval/accuracy" in line for line in (named.history[0], named.history[-1]))
+    step = named.history[1]
+    assert step["reward/mean"] == pytest.approx(step["reward/correct"] + 0.1 * step["reward/brief"])
+    assert step["solved"] == step["reward/correct"]  # the callback's
+    assert step["optimizer_steps"] == 1
+    run = open_run(tmp_path / "named")
+    assert run.config == tiny(tmp_path / "named", f"task.date={run.config.task.date}")
+    assert run.steps == [2, 3]
+    resets = [g for tree in run.trees() for g in tree["groups"] if g["parent_group"] is not None]
+    assert resets
+    assert {row["reward"] for g in resets for row in g["rows"]} <= {
+        0.1 * row["rewards"]["brief"] for g in resets for row in g["rows"]
+    }
+
+    # Started again it has ended: nothing is trained, nothing written anew.
+    again = train(tiny(tmp_path / "named"))
+    assert again.history == named.history
+
+    handed = train(plain(tmp_path / "handed"), **objects(house))
+    assert [*map(repeatable, handed.history)] == [*map(repeatable, named.history)]
+    for one, other in zip(
+        jax.tree.leaves(trained(handed.policy.params)[0]),
+        jax.tree.leaves(trained(named.policy.params)[0]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+    saved, theirs = open_run(tmp_path / "handed").config, run.config
+    assert saved.task.name == theirs.task.name == "strict_sums:StrictSums"
+    assert (saved.reset, saved.loss, saved.run.callbacks) == (
+        theirs.reset,
+        theirs.loss,
+        theirs.run.callbacks,
+    )
+    np.testing.assert_array_equal(
+        jax.tree.leaves(open_run(tmp_path / "named").policy(3).params)[0],
+        jax.tree.leaves(named.policy.params)[0],
+    )
+
+    # By hand, step by step.
+    with Experiment(plain(tmp_path / "by_hand"), **objects(house)) as experiment:
+        first = experiment.step()
+        assert repeatable(first) == {
+            k: v for k, v in repeatable(named.history[1]).items() if k not in ("solved", "stopped")
+        }
+        collected = experiment.collect(experiment.prompts())
+        assert {g.prompt for g in collected} == set(range(4))
+        learnt = experiment.learn(collected)
+        for key in ("loss", "grad_norm", "learning_rate"):
+            assert learnt[key] == named.history[2][key]
+        assert experiment.steps_done == 2
+        assert experiment.evaluate()["eval/problems"] == 16
+    assert not (tmp_path / "by_hand").exists()
+
+
+def test_a_run_says_what_it_cannot_find(house, tmp_path, monkeypatch):
+    config = tiny(tmp_path)
+    (tmp_path / "config.yaml").write_text(__import__("jaxreset").config_file.dump_config(config))
+    assert open_run(tmp_path).config.reset.rule == "last_step:last_step"
+    for name in NAMES:
+        sys.modules.pop(name)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(EXAMPLES)])
+    run = open_run(tmp_path)
+    with pytest.raises(ConfigError, match=r"reset\.rule: last_step:last_step: no module named"):
+        _ = run.config
+    assert run.history == []  # what needs none of it can be looked at all the same
+    importlib.invalidate_caches()
+    sys.path.insert(0, str(EXAMPLES))
+    for name in NAMES:
+        importlib.import_module(name)
+
+
+# ---- Each wrong way is refused, by field and with what to do, before anything is compiled ----
+
+MODULE = """
+import os
+number = 3
+def no_arguments(): return 0
+def one(failures): return [1 for f in failures]
+def three(a, b, c): return 0
+def unnamed(first, second): return 0.0
+def shapeless(rewards, *, where): return rewards.sum()
+def numpied(rewards, *, where): return float(rewards[0, 0])
+def summed(logps, advantages, mask, *, behavior_logps): return logps.sum()
+def narrow(logps, advantages): return logps
+class NoScore:
+    def prompt(self, problem): return "?"
+class Needy:
+    def __init__(self, size): self.size = size
+    def prompt(self, problem): return "?"
+    def score(self, items): return [0.0 for _ in items]
+"""
+WRONG = [
+    (
+        "reset.rule=entropi",
+        "reset.rule: no reset rule is called 'entropi'; did you mean 'entropy'?",
+    ),
+    ("reset.rule=nowhere_at_all:rule", "reset.rule: nowhere_at_all:rule: no module named"),
+    (
+        "reset.rule=wrong/ways.py:one",
+        "reset.rule: wrong/ways.py:one: a file's path; expected package.mod",
+    ),
+    ("reset.rule=wrong_ways:onne", "wrong_ways has no 'onne'; did you mean 'one'?"),
+    ("reset.rule=wrong_ways:a:b", "expected package.module:name, such as"),
+    ("reset.rule=wrong_ways:number", "3 is no function; expected a function of (failures)"),
+    ("reset.rule=wrong_ways:no_arguments", "wrong_ways:no_arguments() can't be called so"),
+    ("reset.rule=broken_ways:one", "importing it raised ZeroDivisionError: division by zero"),
+    ("reset.rule=typo_ways:one", "importing it raised SyntaxError"),
+    (
+        "reset.rule=lacking_ways:one",
+        "importing it raised ModuleNotFoundError: No module named 'of_nobody'",
+    ),
+    ("reset.rule=__main__:rule", "was handed over as an object"),
+    ("task.reward=wrong_ways:three", "task.reward: wrong_ways:three(a, b, c) can't be called so"),
+    ("task.reward=wrong_ways:unnamed", "takes (first, second), which doesn't say whether"),
+    ("task.reward={a: {weight: 2}}", "task.reward.a"),
+    ("task.name=chian", "task.name: no task is called 'chian'; did you mean 'chain'?"),
+    (
+        "task.name=wrong_ways:one",
+        "is no class; expected a class with prompt(problem) and score(items)",
+    ),
+    ("task.name=wrong_ways:NoScore", "wrong_ways:NoScore has no score(items)"),
+    (
+        "task.name=wrong_ways:Needy data.path=x",
+        "wrong_ways:Needy(size) can't be called so (missing",
+    ),
+    (
+        "task.name=wrong_ways:Needy task.options.size=3",
+        "data.path is null, but task.name=wrong_ways:Needy",
+    ),
+    ("task.options.size=3", "task.options are for a class of your own"),
+    ("objective=srpoo", "no objective is called 'srpoo'; did you mean 'srpo'?"),
+    ("objective=wrong_ways:number", "3 is no objective; expected a jaxreset.Objective"),
+    ("loss.advantage=stdd", "loss.advantage: no advantage is called 'stdd'; did you mean 'std'?"),
+    ("loss.advantage=wrong_ways:one", "wrong_ways:one(failures) can't be called so"),
+    ("loss.advantage=wrong_ways:shapeless", "gave shape () for (3, 8)"),
+    ("loss.advantage=wrong_ways:numpied", "can't be traced by JAX"),
+    ("loss.form=wrong_ways:narrow", "wrong_ways:narrow(logps, advantages) can't be called so"),
+    ("loss.form=wrong_ways:summed", "gave shape () for (2, 3, 8)"),
+    ("loss.form=clipped", "no form of the loss is called 'clipped'"),
+    (
+        "run.callbacks=[wrong_ways:one]",
+        "run.callbacks.0: wrong_ways:one(failures) can't be called so",
+    ),
+    (
+        "run.callbacks=[wrong_ways:number]",
+        "3 is no function; expected a function of (record, experiment)",
+    ),
+]
+
+
+@pytest.fixture
+def wrong_ways(tmp_path, monkeypatch):
+    (tmp_path / "wrong_ways.py").write_text(MODULE)
+    (tmp_path / "broken_ways.py").write_text("1 / 0\n")
+    (tmp_path / "typo_ways.py").write_text("def one(failures: return\n")
+    (tmp_path / "lacking_ways.py").write_text("import of_nobody\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in [n for n in sys.modules if n.endswith("_ways")]:
+        sys.modules.pop(name)
+
+
+@pytest.mark.parametrize(("overrides", "said"), WRONG, ids=[w[0] for w in WRONG])
+def test_each_wrong_way_is_refused(wrong_ways, monkeypatch, overrides, said):
+    monkeypatch.setattr(jax, "jit", None)  # nothing is compiled
+    quickstart = EXAMPLES.parent / "configs" / "quickstart.yaml"
+    asked = [overrides] if "{" in overrides else overrides.split()
+    with pytest.raises(ConfigError) as refused:
+        load_config(quickstart, ["warm_start.steps=0", *asked])
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("handed", "said"),
+    [
+        ({"rule": 3}, "3 is no function"),
+        ({"rule": lambda: [1]}, "can't be called so"),
+        ({"task": Task}, "is a class; hand over an object of it"),
+        ({"task": Task()}, "jaxreset.tasks.base:Task has no prompt(problem)"),
+        ({"reward": lambda answer: 1.0}, "can't be called so"),
+        ({"objective": Objective("random", base=1)}, "a group needs at least 2 rollouts"),
+        ({"objective": "srpo4"}, "no objective is called 'srpo4'"),
+        ({"callbacks": print}, "expected a list"),
+        ({"advantage": lambda rewards: rewards}, "can't be called so"),
+        (
+            {"form": lambda logps, *rest, behavior_logps: logps[0]},
+            "gave shape (3, 8) for (2, 3, 8)",
+        ),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_objects_are_checked_as_names_are(handed, said):
+    with pytest.raises(ConfigError, match=None) as refused:
+        Experiment(parse_config({}), **handed)
+    assert said in str(refused.value)
+
+
+def test_objects_without_a_name_are_told_apart():
+    first, second = (lambda failures: [1]), (lambda failures: [2])
+    paths = [extensions.hand_over(thing) for thing in (first, second, first)]
+    assert paths[0] == paths[2] != paths[1]
+    assert [extensions.load(path) for path in paths] == [first, second, first]
+    assert extensions.hand_over(test_objects_without_a_name_are_told_apart).endswith("_apart")
+
+
+def test_a_callback_that_raises_ends_the_run_by_its_name(tmp_path):
+    from types import SimpleNamespace
+
+    from jaxreset.run.callbacks import call_back
+
+    def broken(record, experiment):
+        raise KeyError("accuracy")
+
+    experiment = SimpleNamespace(callbacks=[broken], stopped=None)
+    with pytest.raises(
+        RunError, match=r"callback .*broken raised KeyError after step 4: 'accuracy'"
+    ):
+        call_back(experiment, {"step": 4})
