@@ -136,18 +136,19 @@ def plain_gradient(policy, groups, form):
     rows = [
         (g.prefix, s, b, np.float32(a))
         for g in groups
-        for s, b, a in zip(g.suffixes, g.behavior_logps, g.advantages, strict=True)
+        for s, b, a in zip(
+            g.suffixes, g.behavior_logps, g.token_advantages or g.advantages, strict=True
+        )
     ]
     # Padded to one number of rows, so that it compiles once.
     tokens = np.zeros((36, PREFIX + SUFFIX), np.int32)
-    behavior, weights = np.zeros((2, *tokens.shape), np.float64)
-    advantages = np.zeros(36)
+    behavior, weights, advantages = np.zeros((3, *tokens.shape), np.float64)
     for i, (prefix, suffix, logps, advantage) in enumerate(rows):
         end = len(prefix) + len(suffix)
         tokens[i, :end] = [*prefix, *suffix]
         behavior[i, len(prefix) : end] = logps
         weights[i, len(prefix) : end] = 1 / len(suffix) if form.aggregation == "sequence" else 1
-        advantages[i] = advantage
+        advantages[i, len(prefix) : end] = advantage
     low, high = form.clip if isinstance(form.clip, tuple) else (form.clip or 0, form.clip or 0)
     loss = partial(plain_loss, policy.graph, tokens, behavior, weights, advantages)
     value, gradient = loss(
@@ -161,7 +162,7 @@ def plain_gradient(policy, groups, form):
 def plain_loss(graph, tokens, behavior, weights, advantages, clips, low, high, bound, *params):
     logps = jax.nn.log_softmax(nnx.merge(graph, *params).logits(tokens) / TEMPERATURE)[:, :-1]
     logps = jnp.take_along_axis(logps, tokens[:, 1:, None], axis=-1)[..., 0]
-    weights, advantage = weights[:, 1:], advantages[:, None]
+    weights, advantage = weights[:, 1:], advantages[:, 1:]
     ratio = jnp.exp(jnp.where(weights > 0, logps - behavior[:, 1:], 0))
     gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
     gain = jnp.where(advantage < 0, jnp.maximum(gain, bound * advantage), gain)
@@ -200,6 +201,9 @@ def test_gradient_is_that_of_plain_sequences(families, family, seed, count, comp
     """Relative to the norm of each array's gradient."""
     dtype, shape, form, remat = compiled
     groups = random_groups(count, seed=seed)
+    rng = np.random.default_rng(seed)
+    for group in groups[::3]:
+        group.token_advantages = [rng.normal(size=len(s)) for s in group.suffixes]
     with jax.enable_x64(dtype == "float64"):
         policy = families(family, dtype)
         ours, value = summed_gradient(policy, groups, shape, form, remat=remat)
