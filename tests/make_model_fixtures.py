@@ -31,6 +31,19 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# Of the four wavelengths the first is kept, the second half kept, and the others divided.
+OLMO3_ROPE = {
+    "full_attention": {
+        "rope_type": "yarn",
+        "rope_theta": 1000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "attention_factor": 1.3,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+}
 FIXTURES = {
     "qwen2": (
         transformers.Qwen2Config(**SIZES, tie_word_embeddings=True, rms_norm_eps=1e-5),
@@ -43,7 +56,17 @@ FIXTURES = {
         ),
         torch.float32,
     ),
+    "olmo3": (
+        transformers.Olmo3Config(
+            **SIZES | {"num_hidden_layers": 4},
+            sliding_window=8,
+            pad_token_id=None,
+            rope_parameters=OLMO3_ROPE,
+        ),
+        torch.float32,
+    ),
 }
+LENGTHS = {"olmo3": (40, 29, 5)}  # beyond its window
 
 
 def random_model(config, *, seed: int, dtype=torch.float32):
@@ -94,9 +117,9 @@ def save_adapters(folder: Path) -> None:
 
 def main() -> None:
     save_adapters(Path(__file__).parent / "fixtures" / "qwen2_lora")
-    lengths = (24, 17, 5)
     for seed, (name, (config, dtype)) in enumerate(FIXTURES.items()):
         folder = Path(__file__).parent / "fixtures" / name
+        lengths = LENGTHS.get(name, (24, 17, 5))
         random_model(config, seed=seed, dtype=dtype).save_pretrained(folder)
         tokens = padded_batch(config.vocab_size, lengths, seed=seed)
         np.savez(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxreset.models import huggingface
 from jaxreset.models.policy import Policy
+from jaxreset.models.rotary import Rope, Yarn
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -43,6 +45,23 @@ def byte_tokenizer():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     return tokenizer
+
+
+def as_olmo3(config, *, window, **changes):
+    """A config of these sizes as OLMo 3 has it: a window in the even layers, YaRN in the others."""
+    fields = {
+        "qkv_bias": False,
+        "qk_norm": False,
+        "joint_qk_norm": True,
+        "post_norm": True,
+        "window": window,
+        "windowed": tuple(layer % 2 == 0 for layer in range(config.layers)),
+        "rope_scaling": Yarn(4.0, 64, attention_factor=1.2),
+        "window_rope": Rope(config.rope_theta),
+        "tie_embeddings": False,
+        "family": "olmo3",
+    }
+    return dataclasses.replace(config, **fields | changes)
 
 
 def random_params(config, *, seed=0):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from model_helpers import (
+    as_olmo3,
     assert_same_params,
     edit_weights,
     fixture_folder,
@@ -30,6 +31,7 @@ SIZES = DecoderConfig(vocab=40, layers=3, width=24, heads=8, kv_heads=2, head_di
 CONFIGS = {
     "tied, biases": dataclasses.replace(SIZES, qkv_bias=True),
     "untied, norms": dataclasses.replace(SIZES, qk_norm=True, tie_embeddings=False),
+    "windows": as_olmo3(SIZES, window=3),
     "odd vocabulary, one key-value head": DecoderConfig(
         vocab=41, layers=2, width=24, heads=8, kv_heads=1, head_dim=6, mlp=16, qkv_bias=True
     ),

@@ -259,7 +259,7 @@ def test_adapters_are_exported_as_peft_names_them(tmp_path):
         loaded.export_adapters(tmp_path / "other", base="some/model")
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3", "olmo3"])
 def test_peft_computes_what_we_exported(tmp_path, name):
     torch, peft = (pytest.importorskip(module) for module in ("torch", "peft"))
     import transformers

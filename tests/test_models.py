@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from model_helpers import (
     FIXTURES,
+    as_olmo3,
     assert_same_params,
     byte_tokenizer,
     edit_config,
@@ -24,15 +25,22 @@ from safetensors.numpy import load_file
 from jaxreset.models import huggingface, policy
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import load_policy, new_policy
-from jaxreset.models.rotary import RopeScaling
+from jaxreset.models.rotary import RopeScaling, Yarn
 from jaxreset.sampling import Sampler, StopRules
 
-NAMES = ("llama3", "qwen2", "qwen3")
+NAMES = ("llama3", "olmo3", "qwen2", "qwen3")
 TOLERANCE = 1e-4
 TINY = DecoderConfig(vocab=40, layers=2, width=24, heads=4, kv_heads=2, head_dim=6, mlp=20)
 LLAMA3 = RopeScaling(
     factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64
 )
+YARN = Yarn(factor=4.0, original_max_position=64, attention_factor=1.3)
+YARN_KEYS = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 # Logits against PyTorch
@@ -57,11 +65,13 @@ def test_config_of_transformers_4_reads_like_that_of_5(tmp_path, name):
     folder = fixture_folder(tmp_path, name)
     expected = huggingface.read_config(folder)
     rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    rope = rope.get("full_attention", rope)  # in those with a window, 4 kept it as it was
     theta, kind = rope.pop("rope_theta"), rope["rope_type"]
     old = {"rope_theta": theta, "torch_dtype": "float32", "rope_parameters": ..., "dtype": ...}
     edit_config(folder, **old, rope_scaling=None if kind == "default" else rope)
     assert huggingface.read_config(folder) == expected
     assert (expected.rope_scaling == LLAMA3) == (name == "llama3")
+    assert (expected.rope_scaling == YARN) == (name == "olmo3")
     if kind != "default":  # as it was before 4.43
         edit_config(folder, rope_scaling={"type": rope.pop("rope_type"), **rope})
         assert huggingface.read_config(folder) == expected
@@ -73,6 +83,21 @@ LIVE = {
     "qwen3_tied": {"tie_word_embeddings": True, "head_dim": 6, "num_hidden_layers": 3},
     "llama_untied_wide_heads": {"tie_word_embeddings": False, "head_dim": 16},
     "llama_tied": {"tie_word_embeddings": True, "rms_norm_eps": 1e-3},
+    "qwen2_yarn": {"rope_parameters": YARN_KEYS},  # how large the angles' cosines are is inferred
+    "qwen3_yarn_scaled": {"rope_parameters": YARN_KEYS | {"mscale": 0.7, "mscale_all_dim": 1.4}},
+    "olmo3_without_yarn": {"num_hidden_layers": 5, "sliding_window": 3},
+    "olmo3_yarn_in_both": {
+        "num_hidden_layers": 5,
+        "layer_types": [*["full_attention", "sliding_attention"] * 2, "sliding_attention"],
+        "sliding_window": 8,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "full_attention": YARN_KEYS,
+            "sliding_attention": YARN_KEYS | {"rope_theta": 100.0, "factor": 2.0, "beta_fast": 4},
+        },
+    },
+    "olmo3_no_windows": {"layer_types": ["full_attention"] * 2, "head_dim": 12},
 }
 
 
@@ -83,13 +108,14 @@ def test_logits_equal_pytorch(tmp_path, name, dtype):
     import transformers
     from make_model_fixtures import SIZES, padded_batch, random_model, torch_logits
 
-    config = transformers.AutoConfig.for_model(name.split("_")[0], **SIZES | LIVE[name])
+    sizes = SIZES | {"pad_token_id": None} | LIVE[name]
+    config = transformers.AutoConfig.for_model(name.split("_")[0], **sizes)
     model = random_model(config, seed=3, dtype=getattr(torch, dtype))
     model.save_pretrained(tmp_path, max_shard_size="15KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     word_tokenizer(64).save_pretrained(tmp_path)
 
-    lengths = (15, 9, 2)
+    lengths = (40, 9, 2)
     tokens = padded_batch(64, lengths, seed=1)
     valid = tokens > 0
     logits = np.asarray(load_policy(tmp_path).logits(tokens))
@@ -104,6 +130,9 @@ FROM_SCRATCH = {
     "Qwen2ForCausalLM": dataclasses.replace(TINY, qkv_bias=True, rope_theta=1e6),
     "Qwen3ForCausalLM": dataclasses.replace(TINY, qk_norm=True, head_dim=8, norm_eps=1e-5),
     "LlamaForCausalLM": dataclasses.replace(TINY, rope_scaling=LLAMA3, tie_embeddings=False),
+    "Olmo3ForCausalLM": as_olmo3(
+        dataclasses.replace(TINY, rope_theta=5e5), window=6, rope_scaling=YARN
+    ),
 }
 
 
@@ -198,7 +227,14 @@ def test_transformers_computes_what_we_exported(tmp_path, architecture, keys):
 def test_what_transformers_cannot_compute_is_not_exported(tmp_path):
     both = dataclasses.replace(TINY, qkv_bias=True, qk_norm=True)
     odd = dataclasses.replace(TINY, width=26)
-    for config, message in ((both, "qkv_bias and qk_norm"), (odd, "width 26 .* heads 4")):
+    other = dataclasses.replace(TINY, family="qwen2")
+    windows = dataclasses.replace(TINY, window=3, windowed=(True, False))
+    for config, message in (
+        (both, "no family among llama, .* sets qkv_bias and qk_norm and nothing else"),
+        (odd, "width 26 .* heads 4"),
+        (other, "no family among qwen2 sets no switch"),
+        (windows, "some layers have a window, and this family has none"),
+    ):
         with pytest.raises(ValueError, match=message):
             huggingface.export(tmp_path / "model", config, nnx.State({}), word_tokenizer(40))
     assert not list(tmp_path.iterdir())

@@ -88,7 +88,7 @@ def rope_keys(config: DecoderConfig) -> dict[str, Any]:
       ValueError: layers with a window rotate otherwise, or there are any.
     """
     if config.windowed:
-        raise ValueError("some layers have a window, which this family has not; name another")
+        raise ValueError("some layers have a window, and this family has none")
     return {
         "rope_parameters": {**section(config.rope_scaling), "rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,
