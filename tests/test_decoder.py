@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given, settings
-from model_helpers import random_params
+from model_helpers import as_olmo3, random_params
 
 from jaxreset.models.attention import Prefix, causal_attention, shared_prefix_attention
 from jaxreset.models.block import DecoderConfig
@@ -35,6 +35,7 @@ WIDE = DecoderConfig(
     tie_embeddings=False,
     dtype="float64",
 )
+CONFIGS = {"wide": WIDE, "windows": as_olmo3(WIDE, window=3)}
 SHAPES = [(2, 3, 5, 4), (3, 1, 1, 2), (1, 2, 0, 3)]  # groups, rows, prefix slots, row slots
 # Compiling takes most of the time here.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -77,11 +78,12 @@ def random_groups(shape, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 @given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None, derandomize=True)
-def test_a_shared_prefix_gives_the_hidden_states_of_plain_sequences(shape, seed):
+def test_a_shared_prefix_gives_the_hidden_states_of_plain_sequences(name, shape, seed):
     with jax.enable_x64(True):
-        graph, params = random_params(WIDE, seed=5)
+        graph, params = random_params(CONFIGS[name], seed=5)
         prefix, lengths, rows, valid, sequences = random_groups(shape, seed)
         shared = jitted_shared(graph, params, prefix, lengths, rows)
         plain = jitted_plain(graph, params, sequences, lengths, rows)
@@ -90,17 +92,18 @@ def test_a_shared_prefix_gives_the_hidden_states_of_plain_sequences(shape, seed)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 @given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 10**6), stacked=st.booleans())
 @settings(max_examples=10, deadline=None, derandomize=True)
-def test_decoding_with_a_cache_gives_the_hidden_states_of_the_update(shape, seed, stacked):
+def test_decoding_with_a_cache_gives_the_hidden_states_of_the_update(name, shape, seed, stacked):
     n, k, p, s = shape
     with jax.enable_x64(True):
-        graph, params = random_params(WIDE, seed=5)
+        graph, params = random_params(CONFIGS[name], seed=5)
         prefix, lengths, rows, _, _ = random_groups(shape, seed)
         expected = jitted_shared(graph, params, prefix, lengths, rows)
         if not stacked:
             params = decoding_copy(params, graph=graph, unstacked=True, mesh=None)
-            graph = unstacked_graph(WIDE)
+            graph = unstacked_graph(CONFIGS[name])
         decoder = nnx.merge(graph, params)
         rng = np.random.default_rng(seed)
         # What lies beyond a prefix, or beyond a row's slot, is junk that nobody may see.
@@ -128,10 +131,17 @@ def test_decoding_with_a_cache_gives_the_hidden_states_of_the_update(shape, seed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "remats"), [(SHAPES[0], (False, True)), (SHAPES[2], (False,))])
-def test_gradient_through_a_shared_prefix_equals_the_unshared_one(shape, remats):
+@pytest.mark.parametrize(
+    ("name", "shape", "remats"),
+    [
+        ("wide", SHAPES[0], (False, True)),
+        ("wide", SHAPES[2], (False,)),
+        ("windows", SHAPES[0], (False, True)),
+    ],
+)
+def test_gradient_through_a_shared_prefix_equals_the_unshared_one(name, shape, remats):
     with jax.enable_x64(True):
-        graph, params = random_params(WIDE, seed=5)
+        graph, params = random_params(CONFIGS[name], seed=5)
         prefix, lengths, rows, valid, sequences = random_groups(shape, seed=11)
         weights = np.random.default_rng(1).normal(size=(*rows.shape, WIDE.vocab))
 
@@ -159,8 +169,10 @@ def test_gradient_through_a_shared_prefix_equals_the_unshared_one(shape, remats)
 @pytest.mark.parametrize(
     ("alone", "recompute"), [(True, False), (False, False), (False, True)], ids=str
 )
-@pytest.mark.parametrize("size", [1, 128, 129, 300, 1100])
-def test_causal_attention_in_blocks_equals_that_in_one(size, alone, recompute):
+@pytest.mark.parametrize(
+    ("size", "window"), [(1, None), (128, None), (129, 7), (300, None), (300, 140), (1100, None)]
+)
+def test_causal_attention_in_blocks_equals_that_in_one(size, window, alone, recompute):
     """`alone`: of lanes of one segment, without a prefix."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(size)
@@ -173,19 +185,28 @@ def test_causal_attention_in_blocks_equals_that_in_one(size, alone, recompute):
         weights = jnp.asarray(rng.normal(size=query.shape))
         segments = np.sort(rng.integers(0, 3, (n, lanes, size)))
         groups, readers = np.sort(rng.integers(0, 3, (n, slots))), segments
+        # Of slots in their prefix, and of tokens behind it.
+        positions = np.broadcast_to(np.arange(slots), groups.shape)
+        reader_positions = np.broadcast_to(np.arange(size), segments.shape) + slots
 
         def blocks(query, keys, values, *shared):
             if alone:
-                return causal_attention(query, keys, values)
-            prefix = Prefix(*shared, groups, readers)
-            return causal_attention(query, keys, values, segments, prefix, recompute=recompute)
+                return causal_attention(query, keys, values, window=window)
+            prefix = Prefix(*shared, groups, readers, positions, reader_positions)
+            options = {"window": window, "recompute": recompute}
+            return causal_attention(query, keys, values, segments, prefix, **options)
 
         def plain(query, keys, values, *shared):
-            mask = jnp.tril(jnp.ones((size, size), bool))
+            mask = np.tril(np.ones((size, size), bool))
+            mask &= ~np.tril(mask, -(window or size))
             if alone:
                 return shared_prefix_attention(query, keys, values, mask[None, None])
-            mask &= segments[..., :, None] == segments[..., None, :]
+            mask = mask & (segments[..., :, None] == segments[..., None, :])
             seen = readers[..., :, None] == groups[:, None, None]
+            far = reader_positions[..., :, None] >= positions[:, None, None] + (
+                window or 2 * size + 9
+            )
+            seen = seen & ~far
             return shared_prefix_attention(query, keys, values, mask, *shared, seen)
 
         def with_gradients(attention):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 from flax import nnx
-from model_helpers import fixture_folder, random_policy
+from model_helpers import as_olmo3, fixture_folder, random_policy
 from test_sampling import assert_rounds_equal as assert_equal
 
 from jaxreset.groups import Group
@@ -35,9 +35,15 @@ DRAW = {"stream": Stream(40), "temperature": 0.8, "top_p": 0.9}
 
 
 @pytest.fixture(scope="module")
-def policy(tokenizer):
+def policies(tokenizer):
     config = dataclasses.replace(TINY, heads=8, kv_heads=8, head_dim=4, tie_embeddings=False)
-    return random_policy(config, tokenizer, seed=3)
+    configs = {"qwen2": config, "olmo3": as_olmo3(config, window=5)}
+    return {name: random_policy(c, tokenizer, seed=3) for name, c in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def policy(policies):
+    return policies["qwen2"]
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +87,12 @@ def gradient(policy, batch, mesh=None):
 
 
 @pytest.fixture(scope="module")
-def on_one_device(policy, automaton, prompts):
+def on_one_device(policies, automaton, prompts):
     """What is drawn, from prompts and from half of the cuts; a microbatch of it; loss and gradient."""
+    return cache(lambda name: _on_one_device(policies[name], automaton, prompts))
+
+
+def _on_one_device(policy, automaton, prompts):
     sampler = make_sampler(automaton)
     round_ = sampler.sample(policy, prompts, rows=4, **DRAW)
     resumed = sampler.resume(policy, cuts_of(round_, range(0, 8, 2)), rows=2, **DRAW)
@@ -106,14 +116,16 @@ def on_one_device(policy, automaton, prompts):
     return round_, resumed, batch, gradient(policy, batch)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "sizes"), [*(("qwen2", sizes) for sizes in MESHES), ("olmo3", (2, 2, 2))], ids=str
+)
 def test_a_mesh_does_what_one_device_does(
-    policy, automaton, prompts, on_one_device, sizes, hasty, monkeypatch
+    policies, automaton, prompts, on_one_device, name, sizes, hasty, monkeypatch
 ):
-    mesh = make_mesh(*sizes)
+    mesh, policy = make_mesh(*sizes), policies[name]
     params = jax.device_put(policy.params, param_shardings(mesh, policy.params))
     spread, sampler = policy.with_params(params, policy.version), make_sampler(automaton, mesh)
-    round_, resumed, batch, (expected, value) = on_one_device
+    round_, resumed, batch, (expected, value) = on_one_device(name)
 
     drawn = sampler.sample(spread, prompts, rows=4, **DRAW)
     assert_rounds_equal(drawn, round_)
