@@ -99,9 +99,8 @@ def place_of(
         return place
     window = config.window or NO_WINDOW
     own = place.mask & within(window, slots[..., None], jnp.arange(size))
-    seen = existing(prefix_lengths, prefix_size) & within(
-        window, positions, jnp.arange(prefix_size)
-    )
+    near = within(window, positions, jnp.arange(prefix_size))
+    seen = existing(prefix_lengths, prefix_size) & near
     return place._replace(inside=View(inside, own, seen))
 
 
