@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -21,49 +20,22 @@ from pydantic import (
 )
 
 from jaxreset import extensions
-from jaxreset.learning.form import LossForm, find_advantage, find_form
+from jaxreset.config_names import (
+    AdvantageName,
+    CallbackName,
+    FormName,
+    RewardName,
+    RuleName,
+    TaskName,
+)
+from jaxreset.learning.form import LossForm, find_form
 from jaxreset.learning.settings import AdamW, Schedule
 from jaxreset.losses import Aggregation, KLEstimator
 from jaxreset.models.lora import LINEAR, LoRA, Target
 from jaxreset.resets.objectives import When
-from jaxreset.resets.rules import find_rule
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.classes import complete_object, find_task
-from jaxreset.tasks.rewards import Part, Rewards, find_reward
-
-
-def _named(find: Any) -> AfterValidator:
-    """Of a name: that `find` finds it. What it finds is found again where it is used."""
-
-    def check(name: str) -> str:
-        find(name)
-        return name
-
-    return AfterValidator(check)
-
-
-if TYPE_CHECKING:
-    from jaxreset.models.block import DecoderConfig
-
-CALLBACK = "a function of (record, experiment)"
-
-
-def find_callback(name: str) -> Any:
-    """The function of an import path; raises `ValueError`."""
-    return check_callback(extensions.find(name, {}, "callback"))
-
-
-def check_callback(function: Any) -> Any:
-    """The function, if it can be called as a callback; raises `ValueError`."""
-    return extensions.check_call(function, CALLBACK, count=2)
-
-
-RuleName = Annotated[str, _named(find_rule)]
-RewardName = Annotated[str, _named(find_reward)]
-TaskName = Annotated[str, _named(find_task)]
-AdvantageName = Annotated[str, _named(find_advantage)]
-FormName = Annotated[str, _named(find_form)]
-CallbackName = Annotated[str, _named(find_callback)]
+from jaxreset.tasks.rewards import RewardPart, Rewards, find_reward
 
 
 class Section(BaseModel):
@@ -82,22 +54,6 @@ class FreshModel(Section):
     heads: PositiveInt = 4
     kv_heads: PositiveInt = 2
     mlp: PositiveInt = 384
-
-    def make(self, vocab: int, dtype: str) -> DecoderConfig:
-        """Sizes of the decoder."""
-        from jaxreset.models.block import DecoderConfig
-
-        return DecoderConfig(
-            vocab=vocab,
-            layers=self.layers,
-            width=self.width,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.width // self.heads,
-            mlp=self.mlp,
-            tie_embeddings=False,
-            dtype=dtype,
-        )
 
     @model_validator(mode="after")
     def _divides(self) -> FreshModel:
@@ -194,9 +150,9 @@ class TaskConfig(Section):
         if isinstance(named, str):
             named = {named.rpartition(":")[2].rpartition(".")[2]: named}
         parts = {
-            name: Part(find_reward(one))
+            name: RewardPart(find_reward(one))
             if isinstance(one, str)
-            else Part(find_reward(one.function), one.weight)
+            else RewardPart(find_reward(one.function), one.weight)
             for name, one in named.items()
         }
         return Rewards(task, parts, processes=self.processes, cpu_seconds=self.cpu_seconds)

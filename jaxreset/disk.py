@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jaxreset.errors import RunError
@@ -106,3 +106,55 @@ def _refusal(path: Path, reason: str, what: str, needed: int | None, number: int
         f"{what} can't be written to {path}: {reason}{f' ({known})' if known else ''}; {remedy}, or name "
         "another place"
     )
+
+
+def refuse_existing(path: str | Path) -> Path:
+    """The absolute path of a folder that doesn't exist or is empty.
+
+    Raises:
+      FileExistsError: something is there.
+    """
+    path = Path(path).expanduser().absolute()
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not an empty folder; choose another name")
+    return path
+
+
+@contextmanager
+def new_folder(path: str | Path, needed: int) -> Iterator[Path]:
+    """A folder to write to, which stands beside `path` and in the end becomes it: whole or not at all.
+
+    Args:
+      path: a folder that does not exist or is empty.
+      needed: bytes that will be written, about.
+
+    Raises:
+      FileExistsError: something is at `path`.
+      RunError: the disk has no room, or can't be written.
+    """
+    path, what = refuse_existing(path), "the export"
+    check_room(path, needed, what)
+    partial = path.with_name(path.name + ".partial")
+    made = [folder for folder in partial.parents if not folder.exists()]
+    try:
+        with writing(path, what, needed):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            for file in partial.iterdir():
+                _flush(file)
+            if path.exists():
+                path.rmdir()
+            partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):  # somebody else may have begun to use it
+                folder.rmdir()
+        raise
+
+
+def _flush(file: Path) -> None:
+    """Some disks notice only here that they are full."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())

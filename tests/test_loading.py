@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 
 from jaxreset.models import huggingface, reading
 from jaxreset.models.block import DecoderConfig
+from jaxreset.models.config_json import read_config
 from jaxreset.models.placement import param_shardings
 from jaxreset.models.policy import load_policy
 from jaxreset.parallel import make_mesh
@@ -67,7 +68,7 @@ def test_parameters_are_the_same_on_every_mesh_and_nothing_is_compiled(folder, d
 
 
 def test_split_layers_and_heads_are_read_from_the_right_place(folder):
-    config = huggingface.read_config(folder)
+    config = read_config(folder)
     whole = huggingface.load_params(folder, config)
     mesh = make_mesh(2, 2, 2)
 

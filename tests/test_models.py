@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 
 from jaxreset.models import huggingface, policy
 from jaxreset.models.block import DecoderConfig
+from jaxreset.models.config_json import read_config
 from jaxreset.models.policy import load_policy, new_policy
 from jaxreset.models.rotary import RopeScaling, Yarn
 from jaxreset.sampling import Sampler, StopRules
@@ -63,18 +64,18 @@ def test_logits_equal_the_recorded_ones_of_pytorch(tmp_path, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_config_of_transformers_4_reads_like_that_of_5(tmp_path, name):
     folder = fixture_folder(tmp_path, name)
-    expected = huggingface.read_config(folder)
+    expected = read_config(folder)
     rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
     rope = rope.get("full_attention", rope)  # in those with a window, 4 kept it as it was
     theta, kind = rope.pop("rope_theta"), rope["rope_type"]
     old = {"rope_theta": theta, "torch_dtype": "float32", "rope_parameters": ..., "dtype": ...}
     edit_config(folder, **old, rope_scaling=None if kind == "default" else rope)
-    assert huggingface.read_config(folder) == expected
+    assert read_config(folder) == expected
     assert (expected.rope_scaling == LLAMA3) == (name == "llama3")
     assert (expected.rope_scaling == YARN) == (name == "olmo3")
     if kind != "default":  # as it was before 4.43
         edit_config(folder, rope_scaling={"type": rope.pop("rope_type"), **rope})
-        assert huggingface.read_config(folder) == expected
+        assert read_config(folder) == expected
 
 
 LIVE = {

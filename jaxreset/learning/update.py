@@ -227,7 +227,7 @@ def score(
     return by_suffix(logps, batch)
 
 
-class Scored(NamedTuple):
+class TokenSums(NamedTuple):
     """Sums over tokens: |trainer's - sampler's log-probability|, entropy, and how many there are."""
 
     gap: Array
@@ -245,7 +245,7 @@ def measure(
     graph: nnx.GraphDef,
     remat: bool,
     mesh: jax.sharding.Mesh | None = None,
-) -> Scored:
+) -> TokenSums:
     """What the policy makes of tokens that were sampled."""
     hidden, head = batch_hidden(params, frozen, batch, graph, remat, mesh)
     chunk = chunk_size(head.shape[-1], shards=data_shards(mesh))
@@ -255,7 +255,7 @@ def measure(
     logps, entropies = (by_suffix(x, batch) for x in scored)
     mask = exists(batch)
     gaps = jnp.where(mask, jnp.abs(logps - batch.behavior_logps), 0)
-    return Scored(gaps.sum(), jnp.where(mask, entropies, 0).sum(), mask.sum())
+    return TokenSums(gaps.sum(), jnp.where(mask, entropies, 0).sum(), mask.sum())
 
 
 @partial(jax.jit, static_argnames=("optimizer", "layout"), donate_argnames="state")

@@ -12,10 +12,12 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from jaxreset.disk import new_folder
 from jaxreset.models.block import Block, DecoderConfig
 from jaxreset.models.decoder import Decoder
-from jaxreset.models.huggingface import abstract_decoder, new_folder, tensor_table, write_json
-from jaxreset.models.lora import AdapterParam, LoRA
+from jaxreset.models.huggingface import abstract_decoder, tensor_table, write_json
+from jaxreset.models.lora import LoRA
+from jaxreset.models.low_rank import AdapterParam
 from jaxreset.parallel import fetch, is_leader
 
 Array = jax.Array

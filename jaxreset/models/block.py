@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxreset.models.lora import Adapter, LoRA
+from jaxreset.models.lora import LoRA
+from jaxreset.models.low_rank import Adapter
 from jaxreset.models.rotary import Rope, RopeScaling, Rotation, Yarn, rotate
 
 Array = jax.Array

@@ -11,10 +11,7 @@ and from the shards' headers, before a tensor is read or anything is compiled.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,14 +22,14 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from jaxreset.disk import check_room, writing
+from jaxreset.disk import new_folder
 from jaxreset.json_text import dumps
 from jaxreset.models import config_json, reading
 from jaxreset.models.block import DecoderConfig
-from jaxreset.models.config_json import read_config, read_json
+from jaxreset.models.config_json import read_json
 from jaxreset.models.decoder import Decoder
 from jaxreset.models.families import family_of, named
-from jaxreset.models.reading import INDEX, WEIGHTS, Stored, weight_files
+from jaxreset.models.reading import INDEX, WEIGHTS, Stored
 from jaxreset.parallel import fetch, is_leader
 
 if TYPE_CHECKING:
@@ -60,19 +57,6 @@ TENSORS = {
     "down": "mlp.down_proj.weight",
 }
 
-__all__ = [
-    "abstract_decoder",
-    "bytes_of",
-    "export",
-    "load_params",
-    "new_folder",
-    "read_config",
-    "read_metadata",
-    "refuse_existing",
-    "tensor_table",
-    "weight_files",
-    "write_json",
-]
 
 # Parameters and tensors
 
@@ -314,58 +298,6 @@ def bytes_of(config: DecoderConfig) -> int:
         math.prod(tensor.shape) * itemsize * len(tensor.names(config.layers))
         for tensor in tensor_table(config)
     )
-
-
-def refuse_existing(path: str | Path) -> Path:
-    """The absolute path of a folder that doesn't exist or is empty.
-
-    Raises:
-      FileExistsError: something is there.
-    """
-    path = Path(path).expanduser().absolute()
-    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not an empty folder; choose another name")
-    return path
-
-
-@contextmanager
-def new_folder(path: str | Path, needed: int) -> Iterator[Path]:
-    """A folder to write to, which stands beside `path` and in the end becomes it: whole or not at all.
-
-    Args:
-      path: a folder that does not exist or is empty.
-      needed: bytes that will be written, about.
-
-    Raises:
-      FileExistsError: something is at `path`.
-      RunError: the disk has no room, or can't be written.
-    """
-    path, what = refuse_existing(path), "the export"
-    check_room(path, needed, what)
-    partial = path.with_name(path.name + ".partial")
-    made = [folder for folder in partial.parents if not folder.exists()]
-    try:
-        with writing(path, what, needed):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            yield partial
-            for file in partial.iterdir():
-                _flush(file)
-            if path.exists():
-                path.rmdir()
-            partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in made:
-            with suppress(OSError):  # somebody else may have begun to use it
-                folder.rmdir()
-        raise
-
-
-def _flush(file: Path) -> None:
-    """Some disks notice only here that they are full."""
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def _write_weights(folder: Path, config: DecoderConfig, params: nnx.State, limit: int) -> None:

@@ -26,14 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxreset.disk import refuse_existing
 from jaxreset.models import adapters, huggingface
 from jaxreset.models.block import DecoderConfig
-from jaxreset.models.config_json import check_dtype, eos_token_ids, read_json
+from jaxreset.models.config_json import check_dtype, eos_token_ids, read_config, read_json
 from jaxreset.models.decoder import Decoder
 from jaxreset.models.encoding import prompt_tokens
 from jaxreset.models.lora import LINEAR, LoRA, Target
 from jaxreset.models.placement import param_shardings
 from jaxreset.models.precision import computing_decoder
+from jaxreset.models.reading import weight_files
 from jaxreset.parallel import check_sizes
 from jaxreset.spelling import silent_ids
 
@@ -137,7 +139,7 @@ class Policy:
         """
         dtype = dtype or self.config.dtype
         check_dtype(dtype)
-        huggingface.refuse_existing(path)
+        refuse_existing(path)
         params = self.params
         if self.config.lora is not None:
             params = adapters.merge(params, graph=self.graph, dtype=dtype)
@@ -178,7 +180,7 @@ def load_policy(
         end-of-sequence ids that don't fit.
     """
     folder = _folder(path_or_name)
-    config = huggingface.read_config(folder, dtype=dtype)
+    config = read_config(folder, dtype=dtype)
     metadata = huggingface.read_metadata(folder)
     tokenizer = _load_tokenizer(folder)
     _check_tokenizer(tokenizer, config, str(folder))
@@ -214,7 +216,7 @@ def _folder(path_or_name: str | Path) -> Path:
 
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
-        huggingface.weight_files(folder)  # another program may have fetched only the tokenizer
+        weight_files(folder)  # another program may have fetched only the tokenizer
         return folder
     except FileNotFoundError:
         pass  # not fetched yet, or not all of it

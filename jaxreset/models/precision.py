@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxreset.models.decoder import Decoder
-from jaxreset.models.lora import AdapterParam
+from jaxreset.models.low_rank import AdapterParam
 
 Tree = TypeVar("Tree")
 

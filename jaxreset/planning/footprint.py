@@ -27,7 +27,7 @@ from jaxreset.parallel.collectives import Collective, collectives
 from jaxreset.parallel.topology import Slice, is_refusal, refusal
 from jaxreset.planning import ahead, caches
 from jaxreset.planning.ahead import Call, Subject, device_bytes_of
-from jaxreset.planning.shapes import RunShapes, choose_mesh, run_shapes
+from jaxreset.planning.shapes import RunShapes, choose_mesh, fresh_sizes, run_shapes
 from jaxreset.sampling.memory import RoundMemory
 from jaxreset.sampling.rounds import Shape
 from jaxreset.sampling.schedule import LaneShape
@@ -310,7 +310,7 @@ def _sizes(config: Config) -> DecoderConfig:
     from transformers import AutoTokenizer
 
     vocab = len(AutoTokenizer.from_pretrained(TOKENIZER))
-    return config.model.fresh.make(vocab, config.model.dtype)
+    return fresh_sizes(config, vocab)
 
 
 def compile_program(name: str, sizes: tuple[int, ...], call: Call, say: Say) -> Program:

@@ -10,6 +10,7 @@ import jax
 from jaxreset.config import Config
 from jaxreset.errors import ConfigError
 from jaxreset.learning.microbatches import PackShape, pack_shapes
+from jaxreset.models.block import DecoderConfig
 from jaxreset.parallel import make_mesh
 from jaxreset.resets.objectives import Objective
 from jaxreset.sampling.rounds import Shape
@@ -77,6 +78,22 @@ def run_shapes(
             )
         ),
         sets=(prompts * (1 + o.rungs * o.resets), o.base + o.resets * o.branches),
+    )
+
+
+def fresh_sizes(config: Config, vocab: int) -> DecoderConfig:
+    """Sizes of a policy with random weights."""
+    fresh = config.model.fresh
+    return DecoderConfig(
+        vocab=vocab,
+        layers=fresh.layers,
+        width=fresh.width,
+        heads=fresh.heads,
+        kv_heads=fresh.kv_heads,
+        head_dim=fresh.width // fresh.heads,
+        mlp=fresh.mlp,
+        tie_embeddings=False,
+        dtype=config.model.dtype,
     )
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreset.config import Config
-from jaxreset.config_sections import find_callback
+from jaxreset.config_names import find_callback
 from jaxreset.errors import ConfigError
 from jaxreset.groups import Group, set_advantages
 from jaxreset.learning.credit import credit_steps

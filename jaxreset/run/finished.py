@@ -9,9 +9,9 @@ import jax
 from flax import nnx
 
 from jaxreset.config import Config
+from jaxreset.disk import refuse_existing
 from jaxreset.errors import ConfigError
 from jaxreset.models.adapters import rounding_loss, trained
-from jaxreset.models.huggingface import refuse_existing
 from jaxreset.models.policy import Policy
 from jaxreset.parallel.processes import is_leader, wait_for_all
 from jaxreset.run.checkpoints import Checkpoints

@@ -9,7 +9,7 @@ from typing import Any
 from jaxreset import extensions
 from jaxreset.config import Config
 from jaxreset.config_file import parse_config
-from jaxreset.config_sections import CALLBACK
+from jaxreset.config_names import CALLBACK
 from jaxreset.errors import ConfigError
 from jaxreset.tasks.classes import complete_object
 from jaxreset.tasks.rewards import OWN

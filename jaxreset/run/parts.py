@@ -11,7 +11,7 @@ from jaxreset.models.encoding import chat_variables
 from jaxreset.models.placement import param_shardings
 from jaxreset.models.policy import Policy, load_policy, new_policy
 from jaxreset.parallel import check_sizes, put
-from jaxreset.planning.shapes import RunShapes
+from jaxreset.planning.shapes import RunShapes, fresh_sizes
 from jaxreset.resets.localize import Localizer, PolicyLocalizer, ScoringLocalizer
 from jaxreset.sampling import Sampler, StopRules
 from jaxreset.tasks.base import Task
@@ -84,7 +84,7 @@ def starting_policy(config: Config, mesh: jax.sharding.Mesh | None) -> Policy:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    sizes = config.model.fresh.make(len(tokenizer), config.model.dtype)
+    sizes = fresh_sizes(config, len(tokenizer))
     if mesh is not None:
         check_sizes(mesh, heads=sizes.heads, mlp=sizes.mlp, width=sizes.width)
     return spread(new_policy(sizes, tokenizer, seed=config.seed), mesh)

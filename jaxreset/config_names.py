@@ -1,0 +1,44 @@
+"""Names in a config that stand for what may come from outside: each is found when it is read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+from jaxreset import extensions
+from jaxreset.learning.form import find_advantage, find_form
+from jaxreset.resets.rules import find_rule
+from jaxreset.tasks.classes import find_task
+from jaxreset.tasks.rewards import find_reward
+
+
+def _named(find: Any) -> AfterValidator:
+    """Of a name: that `find` finds it. What it finds is found again where it is used."""
+
+    def check(name: str) -> str:
+        find(name)
+        return name
+
+    return AfterValidator(check)
+
+
+CALLBACK = "a function of (record, experiment)"
+
+
+def find_callback(name: str) -> Any:
+    """The function of an import path; raises `ValueError`."""
+    return check_callback(extensions.find(name, {}, "callback"))
+
+
+def check_callback(function: Any) -> Any:
+    """The function, if it can be called as a callback; raises `ValueError`."""
+    return extensions.check_call(function, CALLBACK, count=2)
+
+
+RuleName = Annotated[str, _named(find_rule)]
+RewardName = Annotated[str, _named(find_reward)]
+TaskName = Annotated[str, _named(find_task)]
+AdvantageName = Annotated[str, _named(find_advantage)]
+FormName = Annotated[str, _named(find_form)]
+CallbackName = Annotated[str, _named(find_callback)]
