@@ -117,7 +117,8 @@ class ScriptedRounds:
         first_rows: Sequence[int],
         **options: Any,
     ) -> Round:
-        lengths = [len(p) for p in prompts]
+        kept = options.get("kept", [0] * len(prompts))
+        lengths = [len(p) - k for p, k in zip(prompts, kept, strict=True)]
         drawn = self._draw(policy, list(prompts), lengths, rows, stream, ids, first_rows)
         call = Call("sample", stream, list(ids), list(first_rows), rows, [], options, drawn)
         self.calls.append(call)

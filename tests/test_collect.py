@@ -7,6 +7,7 @@ resets in phase 2 + 2r.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -31,7 +32,8 @@ from scripted import (
 from jaxreset.groups import Group, set_advantages
 from jaxreset.resets.collect import Collector
 from jaxreset.resets.objectives import make_objective
-from jaxreset.resets.rules import RULES, blamed_step
+from jaxreset.resets.rules import RULES, Cut, blamed_step
+from jaxreset.tasks.base import Scores
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=60)
 PROMPT = TASK.prompt(PROBLEMS[0])
@@ -522,3 +524,78 @@ def test_rows_of_a_paper_tree_are_rows_of_its_groups(draws):
     )
     for group, row in named:
         assert group is None or row is None or tree["groups"][group]["rows"][row]["reward"] == 0
+
+
+# ---- Few failed, steps that are written in, rewards apart ----
+
+
+@pytest.mark.parametrize(("outcomes", "reset"), [("SSS2", True), ("SS22", False), ("2222", False)])
+def test_few_failed_goes_on_from_a_rare_failure(outcomes, reset):
+    objective = make_objective("rrpo", when="few_failed", rule="early")
+    run = collect(objective, {0: outcomes, 2: "SSSS"})
+    assert bool(run.resets) == reset
+    if not reset:  # four more from the prompt, as where nothing failed
+        assert [g.normalized_with for g in run.groups] == [0, 0]
+
+
+def test_a_rule_sees_what_its_rollouts_come_from():
+    seen = []
+
+    def look(failures):
+        seen.extend(failures)
+        return [2 for f in failures]
+
+    objective = dataclasses.replace(LADDER, rule=look, rungs=2, when="any_failure")
+    run = collect(objective, {0: "3333", 2: "34SS", 4: "SSSS"})
+    first, second = seen[0], seen[-1]
+    assert first.cuts == ()
+    assert second.cuts == (Cut(2, 0.5),)
+    base = run.groups[0].behavior_logps[0]
+    assert [len(x) for x in first.logps] == [len(encode(f"{s}\n")) for s in first.steps]
+    np.testing.assert_array_equal(np.concatenate(first.logps), base)
+    # What was kept has the log-probabilities of when it was drawn.
+    kept = len(first.logps[0])
+    np.testing.assert_array_equal(np.concatenate(second.logps)[:kept], base[:kept])
+    drawn = run.groups[1].behavior_logps[seen.index(second) - 4]
+    np.testing.assert_array_equal(np.concatenate(second.logps)[kept:], drawn)
+    assert run.groups[1].parent == (0, 0)
+    assert run.groups[2].parent[0] == 1
+
+
+def test_demo_begins_with_a_reference_solution():
+    objective = make_objective("rrpo", rule="demo")
+    rounds = ScriptedRounds({0: {0: "S3SS", 2: "4SSS"}})
+    rounds.stop = None
+    to = Collector(
+        objective, rounds, TASK, decode, draw=DRAW,
+        write=lambda steps: encode("".join(f"{s}\n" for s in steps)),
+    )  # fmt: skip
+    out = to.collect(POLICY, prompts(0), seed=3, step=5)
+    base, reset = out.groups
+    kept = "".join(LINES[:2])
+    assert decode(reset.prefix) == PROMPT + kept
+    assert (reset.reset_step, reset.parent) == (3, None)  # of no rollout that learns
+    call = rounds.calls[1]
+    assert (call.verb, call.options["kept"]) == ("sample", [len(encode(kept))])
+    assert out.trees[0]["groups"][1]["parent_row"] == 1  # the tree says whose failure it was
+    assert base.rewards.tolist() == [1, 0, 1, 1]
+
+
+def test_several_rewards_are_logged_apart():
+    def score(items):
+        own = np.array([float("6" in text) for _, text in items])
+        short = np.array([1 / len(text) for _, text in items])
+        return Scores(own + 0.5 * short, (), parts={"own": own, "short": short})
+
+    to = Collector(
+        make_objective("grpo"), ScriptedRounds({0: {0: "SS3SSSSS"}}), TASK, decode, draw=DRAW,
+        score=score, failed_below=1.2,
+    )  # fmt: skip
+    out = to.collect(POLICY, prompts(0), seed=3, step=5)
+    rows = out.trees[0]["groups"][0]["rows"]
+    assert [row["rewards"]["own"] for row in rows] == [1, 0, 1, 1, 1, 1, 1, 1]
+    assert out.metrics["reward/own"] == pytest.approx(7 / 8)
+    assert out.metrics["reward/mean"] == pytest.approx(
+        out.metrics["reward/own"] + 0.5 * out.metrics["reward/short"]
+    )
+    assert all(row["reward"] < 1.2 for row in rows)

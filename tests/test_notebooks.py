@@ -46,7 +46,7 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, **found: str) -> dict:
     return json.loads(printed.split(MARK)[1])
 
 
-@pytest.mark.parametrize("name", ["01_quickstart.ipynb", "02_losses.ipynb"])
+@pytest.mark.parametrize("name", ["01_quickstart.ipynb", "02_losses.ipynb", "03_one_step.ipynb"])
 def test_stored_without_outputs(name: str) -> None:
     cells = nbformat.read(NOTEBOOKS / name, as_version=4).cells
     kept = [c.id for c in cells if c.cell_type == "code" and (c.outputs or c.execution_count)]
@@ -100,3 +100,29 @@ def test_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(easy) - min(easy) < 0.05
     hard = {o: sum(v) / len(v) for o, v in found["summary"]["hard"].items()}
     assert hard["SRPO"] > max(hard["GRPO"], hard["RRPO"]) + 0.1
+
+
+def test_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run(
+        "03_one_step.ipynb",
+        monkeypatch,
+        groups="len(groups.groups)",
+        resets="len(resets)",
+        kept="[len(g.prefix) - len(prompts[g.prompt].tokens) for g in resets]",
+        parts="[groups.metrics['reward/correct'], groups.metrics['reward/boxed']]",
+        reward="groups.metrics['reward/mean']",
+        means="[m.tolist() for row in values.means for m in row]",
+        errors="[e.tolist() for row in values.errors for e in row]",
+        steps="experiment.steps_done",
+        moved="[float(g.groups[0].behavior_logps[0][0]) for g in (groups, again)]",
+        accuracy="[before['eval/accuracy'], after['eval/accuracy']]",
+    )
+    assert found["groups"] == 32
+    assert 0 < found["resets"] <= 16
+    assert max(found["kept"]) > 0
+    assert found["reward"] == pytest.approx(found["parts"][0] + 0.1 * found["parts"][1])
+    assert all(0 <= m <= 1.1 for row in found["means"] for m in row)
+    assert max(e for row in found["errors"] for e in row) > 0
+    assert found["steps"] == 5
+    assert found["moved"][0] != found["moved"][1]
+    assert found["accuracy"][1] > 0.2

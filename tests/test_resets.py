@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections import Counter
 from types import SimpleNamespace
@@ -20,12 +21,15 @@ from jaxreset.resets.localize import PolicyLocalizer, ScoringLocalizer
 from jaxreset.resets.objectives import Objective, make_objective
 from jaxreset.resets.rules import (
     RULES,
+    Cut,
     Failure,
     apply_rule,
     needs_of,
 )
 from jaxreset.sampling.rounds import Stream
+from jaxreset.tasks.base import Problem
 from jaxreset.tasks.localization import Answer, parse_answer
+from jaxreset.tasks.math import MathTask
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=40)
 DRAWN_RULES = ("random", "early")
@@ -389,3 +393,111 @@ def test_a_group_of_one_is_refused(layout):
 def test_paper_localizes_greedily_for_one_by_eight():
     config = parse_config({"objective": "srpo", "method": "paper", "reset": {"layout": "1x8"}})
     assert config.reset.localizer.temperature == 0
+
+
+# The rules that need no localiser, and the control for the one that does
+
+
+def with_logps(*steps, row=0):
+    made = failure(len(steps), row)
+    return dataclasses.replace(made, logps=[np.array(x, np.float32) for x in steps])
+
+
+def test_entropy_cuts_before_the_least_certain_token():
+    cases = [
+        (with_logps([-0.1], [-0.2, -3.0], [-2.9]), 2),
+        (with_logps([-1.0], [-1.0]), 1),  # the first of equals
+        (with_logps([], [-0.5]), 2),  # a step of no tokens is certain
+        (with_logps([0.0, 0.0], [0.0]), 1),  # written in: certain
+    ]
+    assert apply_rule(RULES["entropy"], [f for f, _ in cases], never_ask) == [n for _, n in cases]
+
+
+@repeatable
+@given(steps=st.integers(1, 12), mistake=st.integers(1, 12), recovers=st.booleans(), data=st.data())
+def test_bisect_finds_the_first_mistake(steps, mistake, recovers, data):
+    """Where what is right succeeds and what is wrong fails, the cuts close in on the first mistake."""
+    mistake = min(mistake, steps)
+    cuts = []
+    for _ in range(8):
+        made = dataclasses.replace(failure(steps), cuts=tuple(cuts))
+        (step,) = apply_rule(RULES["bisect"], [made], never_ask)
+        cuts.append(Cut(step, 0.25 if step <= mistake else 0.0))
+    assert cuts[-1].step == mistake
+    assert len(dict.fromkeys(c.step for c in cuts)) <= 5  # of 12
+
+
+def test_demo_shows_half_then_more_or_less_by_outcomes():
+    solution = TASK.solution(PROBLEMS[0])  # three sums and the answer
+    shown = []
+    for cuts in (
+        [],
+        [Cut(3, 0.0)],
+        [Cut(3, 0.5)],
+        [Cut(3, 0.0), Cut(4, 0.0)],
+        [Cut(3, 0.5), Cut(2, 1.0)],
+    ):
+        made = dataclasses.replace(failure(2), cuts=tuple(cuts))
+        (start,) = apply_rule(RULES["demo"], [made], never_ask)
+        assert list(start.steps) == solution[: len(start.steps)]
+        shown.append(len(start.steps))
+    assert shown == [2, 3, 1, 3, 0]
+
+
+def test_demo_needs_a_reference_solution():
+    made = failure(task=MathTask())
+    with pytest.raises(
+        ValueError, match=r"reset\.rule=demo: the task 'math' has no reference solution"
+    ):
+        apply_rule(RULES["demo"], [made], never_ask)
+    solved = Problem("p", "?", "6", solution="3 + 3 = 6.\n\nSo 6.\n#### 6")
+    (start,) = apply_rule(RULES["demo"], [dataclasses.replace(made, problem=solved)], never_ask)
+    assert start.steps == ("3 + 3 = 6.",)
+
+
+def test_matched_has_the_positions_of_the_self_rule_and_nobody_its_own():
+    lengths = [8, 8, 8, 8, 8, 8]
+    failures = [failure(n, row) for row, n in enumerate(lengths)]
+    blamed = [1, 2, 3, 4, 5, 6]
+
+    def ask(asked):
+        return [f"\\boxed{{{blamed[f.seed[4]]}}}" for f in asked]
+
+    steps = apply_rule(RULES["matched"], failures, ask)
+    assert sorted(steps) == blamed
+    assert all(step != own for step, own in zip(steps, blamed, strict=True))
+    assert apply_rule(RULES["matched"], failures[::-1], ask) == steps[::-1]  # whatever the order
+    alone = apply_rule(RULES["matched"], failures[:1], never_ask)
+    assert alone == apply_rule(RULES["random"], failures[:1], never_ask)
+
+
+@repeatable
+@given(lengths=st.lists(st.integers(1, 20), min_size=2, max_size=9), data=st.data())
+def test_matched_keeps_to_shares_of_a_rollouts_steps(lengths, data):
+    failures = [failure(n, row) for row, n in enumerate(lengths)]
+    blamed = [data.draw(st.integers(1, n)) for n in lengths]
+    steps = apply_rule(
+        RULES["matched"], failures, lambda asked: [f"\\boxed{{{blamed[f.seed[4]]}}}" for f in asked]
+    )
+    assert all(1 <= step <= n for step, n in zip(steps, lengths, strict=True))
+    # In each rollout the named share lies inside the chosen step; as shares they are a permutation.
+    shares = sorted((b - 0.5) / n for b, n in zip(blamed, lengths, strict=True))
+    chosen = sorted(((s - 1) / n, s / n) for s, n in zip(steps, lengths, strict=True))
+    for low, _ in chosen:  # no more steps lie that late than shares do
+        later = sum(first >= low for first, _ in chosen)
+        assert sum(share >= low - 1e-9 for share in shares) >= later
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (lambda failures: [1], "gave 1 steps for 2 failures"),
+        (lambda failures: [1, 9], "gave 9 for a rollout of 5 steps"),
+        (lambda failures: [1, 0], "gave 0 for a rollout of 5 steps"),
+        (lambda failures: [1, 2.0], r"gave 2\.0 for a rollout"),
+        (lambda failures: [True, 2], "gave True for a rollout"),
+    ],
+)
+def test_what_a_rule_gives_is_checked(rule, said):
+    with pytest.raises(ValueError, match=said):
+        apply_rule(rule, [failure(), failure(row=1)], never_ask)
