@@ -583,7 +583,7 @@ def test_demo_begins_with_a_reference_solution():
 
 def test_several_rewards_are_logged_apart():
     def score(items):
-        own = np.array([float("6" in text) for _, text in items])
+        own = np.array([float("{6}" in text) for _, text in items])
         short = np.array([1 / len(text) for _, text in items])
         return Scores(own + 0.5 * short, (), parts={"own": own, "short": short})
 

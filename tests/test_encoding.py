@@ -89,7 +89,10 @@ def test_prompts_have_one_beginning_and_no_end(added, chat):
     )._encode(tokenizer, Failure(TASK, PROBLEMS[0], ["a3=3"], (0, 0, 0, 0, 0)))
     assert spelt(tokenizer, inline) == "?\n"  # it stands in the middle
     answers = ScoringLocalizer(tokenizer, most_steps=2, batch=1, question_limit=9, temperature=0)
-    assert [spelt(tokenizer, row) for row in answers._answers] == ["\\boxed{1}", "\\boxed{2}"]
+    assert [spelt(tokenizer, row) for row in answers._weigher._answers] == [
+        "\\boxed{1}",
+        "\\boxed{2}",
+    ]
 
     config = WarmStart(steps=2, batch=2)
     for batches in demonstrations(TASK, PROBLEMS, tokenizer, config, seed=0):

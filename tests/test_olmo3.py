@@ -30,9 +30,10 @@ from test_sampling import (
 
 from jaxreset.models.activations import prefill_bytes, update_bytes
 from jaxreset.models.adapters import trained
+from jaxreset.models.config_json import read_config
 from jaxreset.models.families import named, names
 from jaxreset.models.flops import prefill_flops, update_flops
-from jaxreset.models.huggingface import abstract_decoder, read_config
+from jaxreset.models.huggingface import abstract_decoder
 from jaxreset.models.packing import Packing
 from jaxreset.models.placement import param_shardings
 from jaxreset.models.policy import load_policy

@@ -183,7 +183,7 @@ def test_flops_are_those_of_the_matrix_products(lora):
 
 
 def most_bytes(case):
-    return caches.most_bytes(case.memory, case.config, case.plan)
+    return caches.most_bytes(case.memory, case.config, case.shapes)
 
 
 def test_caches_are_those_of_the_rounds_that_are_held_and_the_one_that_is_drawn(monkeypatch):
@@ -193,7 +193,7 @@ def test_caches_are_those_of_the_rounds_that_are_held_and_the_one_that_is_drawn(
     slot = 2 * 1 * 4 * 8 * 4  # keys and values, layers, heads, numbers, bytes
     base, child = 8 + 4 * 16, 24 + 4 * 16  # slots of a group, of which each device has one
     # Beside the base round questions are answered and a child's prefixes gathered; then it is let go.
-    asked = sum(whole.plan.localize[2:])
+    asked = sum(whole.shapes.localize[2:])
     assert most_bytes(whole) == slot * max(base + max(asked, 24), child)
     assert most_bytes(never) == slot * child
     assert whole.prefilled != never.prefilled
@@ -217,9 +217,9 @@ def test_groups_that_are_cut_keep_their_prefix_in_each_part():
         make_case(small_config("objective=grpo", f"train.prompts_per_step={n}"), slice_in(GIB))
         for n in (4, 8)
     )
-    assert caches.cuts(case.memory, case.config, case.plan) == {"sample": 2}
-    assert caches.cuts(whole.memory, whole.config, whole.plan) == {}
-    (shape,), (other,) = case.plan.base, whole.plan.base
+    assert caches.cuts(case.memory, case.config, case.shapes) == {"sample": 2}
+    assert caches.cuts(whole.memory, whole.config, whole.shapes) == {}
+    (shape,), (other,) = case.shapes.base, whole.shapes.base
     assert case.memory.part(shape) == (8, 4, *shape[2:])
     slot = 2 * 4 * case.subject.model.kv_heads * case.subject.model.head_dim  # bytes, of one layer
     drawn, apart = (c.memory.drawing_bytes(round_) for c, round_ in ((case, shape), (whole, other)))

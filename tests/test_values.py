@@ -6,24 +6,25 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import TASK
 
 from jaxreset import Sampler, StopRules, Stream, step_values
 from jaxreset.groups import Group, set_advantages
 from jaxreset.learning.credit import credit_steps
+from jaxreset.steps import replay
 
-MOST, TOP_K = 9, 2
+MOST, STEP, TOP_K = 9, 3, 2
 PROMPTS = "a3b8c5\n", "a1b2\n"
 
 
-def enumerated(policy, prompt, response):
+def enumerated(policy, sampler, prompt, response):
     """The chance of each end of a response that begins so, top-k as the sampler cuts it."""
     ends, open_ = [], [(1.0, list(response))]
     while open_:
         chance, tokens = open_.pop()
-        text = policy.decode(tokens)
-        answered = TASK.answer_marker in text and text.endswith(TASK.delimiter)
-        if (tokens and tokens[-1] in policy.eos_ids) or answered or len(tokens) == MOST:
+        at = replay(sampler.automaton, np.array(tokens, np.int32), max_step_tokens=STEP)
+        over = at.answered or MOST - len(tokens) < STEP  # where a step has ended
+        at_end = bool(tokens) and tokens[-1] in policy.eos_ids
+        if at_end or len(tokens) == MOST or (tokens and at.step_tokens == 0 and over):
             ends.append((chance, tokens))
             continue
         padded = np.zeros(len(prompt) + MOST, np.int32)
@@ -43,7 +44,7 @@ def even(response):
 
 def test_values_are_those_of_all_continuations(policy64, tokenizer):
     sampler = Sampler.for_policy(
-        policy64, StopRules(MOST, max_step_tokens=3), delimiter="\n", answer_marker="\\boxed{"
+        policy64, StopRules(MOST, max_step_tokens=STEP), delimiter="\n", answer_marker="\\boxed{"
     )
     # Steps of at most 3 tokens, so that every attempt has some; no new one is begun without room for 3.
     prompts = [policy64.encode(text) for text in PROMPTS]
@@ -63,7 +64,7 @@ def test_values_are_those_of_all_continuations(policy64, tokenizer):
             spans = sampler.steps(response)
             assert len(values.means[g][r]) == len(spans) >= 2
             for n, (start, _) in enumerate(spans):
-                ends = enumerated(policy64, prompt, response[:start])
+                ends = enumerated(policy64, sampler, prompt, response[:start])
                 assert sum(chance for chance, _ in ends) == pytest.approx(1)
                 exact = sum(chance * even(tokens) for chance, tokens in ends)
                 mean, error = values.means[g][r][n], values.errors[g][r][n]
