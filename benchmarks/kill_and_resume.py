@@ -70,8 +70,8 @@ def watched(part_file: Path, arguments: Sequence[str]) -> None:
     """Runs `jaxreset` and says in a file which part of it is running."""
     from jaxreset import cli
     from jaxreset.learning.learner import Learner
-    from jaxreset.run import loop
-    from jaxreset.sampling import Sampler
+    from jaxreset.run import experiment, loop
+    from jaxreset.sampling.sampler import Sampler
     from jaxreset.tasks.chain import ChainTask
 
     file = os.open(part_file, os.O_WRONLY)
@@ -105,7 +105,7 @@ def watched(part_file: Path, arguments: Sequence[str]) -> None:
     wrap(Sampler, "resume", "sampling")
     wrap(ChainTask, "score", "verifying", VERIFYING_SECONDS)
     wrap(Learner, "learn", "updating")
-    wrap(loop, "warm_start", "warm start")
+    wrap(experiment, "warm_start", "warm start")
     wrap(loop, "_loop", "between")
     sys.argv = ["jaxreset", *arguments]
     cli.main()

@@ -18,7 +18,9 @@ import numpy as np
 from common import SIZES, Contender, Tunix, new_policy, run_parts, take_turns
 
 from jaxreset.models.policy import Policy
-from jaxreset.sampling import Round, Sampler, Shape, Snapshot, StopRules, Stream, schedule
+from jaxreset.sampling import schedule
+from jaxreset.sampling.rounds import Round, Shape, Snapshot, StopRules, Stream
+from jaxreset.sampling.sampler import Sampler
 from jaxreset.steps import build_automaton
 
 EMBEDDED = {"layers": 3, "width": 96, "heads": 4, "kv_heads": 4, "mlp": 192, "vocab": 28}

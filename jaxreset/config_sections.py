@@ -35,7 +35,7 @@ from jaxreset.models.lora import LINEAR, LoRA, Target
 from jaxreset.resets.objectives import When
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.classes import complete_object, find_task
-from jaxreset.tasks.rewards import RewardPart, Rewards, find_reward
+from jaxreset.tasks.rewards import Rewards, Weighted, find_reward
 
 
 class Section(BaseModel):
@@ -150,9 +150,9 @@ class TaskConfig(Section):
         if isinstance(named, str):
             named = {named.rpartition(":")[2].rpartition(".")[2]: named}
         parts = {
-            name: RewardPart(find_reward(one))
+            name: Weighted(find_reward(one))
             if isinstance(one, str)
-            else RewardPart(find_reward(one.function), one.weight)
+            else Weighted(find_reward(one.function), one.weight)
             for name, one in named.items()
         }
         return Rewards(task, parts, processes=self.processes, cpu_seconds=self.cpu_seconds)

@@ -22,7 +22,8 @@ from model_helpers import random_policy
 from transformers import AutoTokenizer
 
 from jaxreset.models.block import DecoderConfig
-from jaxreset.sampling import Sampler, Shape, StopRules
+from jaxreset.sampling.rounds import Shape, StopRules
+from jaxreset.sampling.sampler import Sampler
 from jaxreset.spelling import token_bytes
 from jaxreset.steps import build_automaton
 from jaxreset.tasks.chain import TOKENIZER

@@ -216,7 +216,7 @@ def finished(folder, *overrides):
     """A run folder with a checkpoint of step 3, all trained parameters changed by a thousandth."""
     config = load_config(QUICKSTART, [*TINY.split(), f"run.dir={folder}", *overrides])
     experiment = Experiment(config)
-    params, frozen = trained(experiment.adapted(experiment.policy).params)
+    params, frozen = trained(experiment.adapted(experiment.start_policy).params)
     state = init_state(params, make_optimizer(config.optimizer.make(config.train.steps)))
     learnt = jax.tree.map(lambda x: x * 1.001 + 1e-5, state.params)
     run = RunFolder(config)

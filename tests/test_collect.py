@@ -588,7 +588,7 @@ def test_several_rewards_are_logged_apart():
         return Scores(own + 0.5 * short, (), parts={"own": own, "short": short})
 
     to = Collector(
-        make_objective("grpo"), ScriptedRounds({0: {0: "SS3SSSSS"}}), TASK, decode, draw=DRAW,
+        make_objective("grpo"), ScriptedRounds({0: {0: "S3SSSSSS"}}), TASK, decode, draw=DRAW,
         score=score, failed_below=1.2,
     )  # fmt: skip
     out = to.collect(POLICY, prompts(0), seed=3, step=5)

@@ -29,7 +29,7 @@ from jaxreset.run import folder as run_folder
 from jaxreset.run.folder import RunFolder
 from jaxreset.run.warm_start import demonstrations
 from jaxreset.tasks.chain import ChainTask
-from jaxreset.tasks.pipeline import PromptStream, encode_prompts, fit_prompts
+from jaxreset.tasks.pipeline import PromptSource, encode_prompts, fit_prompts
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 TASK = ChainTask()
@@ -67,7 +67,7 @@ def questions(tokenizer):
     """Everything that a policy is asked to continue."""
     failure = Failure(TASK, PROBLEMS[0], ["a3=3", "b8=2"], (0, 0, 0, 0, 0))
     options = {"batch": 1, "question_limit": 99, "temperature": 0.3, "top_p": 1.0}
-    stream = PromptStream(PROBLEMS, TASK, tokenizer, seed=0)
+    stream = PromptSource(PROBLEMS, TASK, tokenizer, seed=0)
     solving = [*encode_prompts(PROBLEMS, TASK, tokenizer, range(3)), *stream.next(2)]
     yield from ((p.tokens, TASK.prompt(p.problem)) for p in solving)
     asked = TASK.localization(failure.problem, failure.steps)

@@ -19,7 +19,8 @@ from test_sampling import (
 from jaxreset.resets.localize import PolicyLocalizer
 from jaxreset.resets.rules import Failure
 from jaxreset.run.compiles import compiles
-from jaxreset.sampling import Sampler, Shape, Snapshot, StopRules, Stream
+from jaxreset.sampling.rounds import Shape, Snapshot, StopRules, Stream
+from jaxreset.sampling.sampler import Sampler
 
 DRAWN, ASKED = Shape(8, 4, 12, 24), Shape(4, 2, 44, 10)
 FRESH = ASKED._replace(groups=8)

@@ -11,10 +11,12 @@ from test_sampling import assert_rounds_equal, random_prompts, random_snapshots
 from test_schedule import CPU
 
 from jaxreset.models.decoder import KV
-from jaxreset.sampling import Sampler, Shape, StopRules, Stream, programs, schedule
+from jaxreset.sampling import programs, schedule
 from jaxreset.sampling.lanes import LaneCache, page_rows
+from jaxreset.sampling.rounds import Shape, StopRules, Stream
+from jaxreset.sampling.sampler import Sampler
 from jaxreset.sampling.schedule import lane_shapes, next_batch
-from jaxreset.sampling.streams import deal, run_side_by_side
+from jaxreset.sampling.threads import deal, run_side_by_side
 
 # Streams
 
@@ -37,7 +39,7 @@ def test_the_error_of_a_stream_is_raised():
         run_side_by_side([lambda: 1, fail, lambda: 3])
 
 
-def test_streams_compute_with_the_settings_of_their_caller():
+def test_threads_compute_with_the_settings_of_their_caller():
     def seen():
         return jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
 
@@ -86,17 +88,17 @@ def three_rounds(sampler, policy, seed):
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize(
     "options",
-    [{"streams": 2}, {"streams": 3, "slots": 24}, {"streams": 3, "hold_cache": "never"}],
+    [{"threads": 2}, {"threads": 3, "slots": 24}, {"threads": 3, "hold_cache": "never"}],
     ids=str,
 )
-def test_streams_draw_what_one_draws(policy64, make_sampler, options):
-    one, several = make_sampler(streams=1), make_sampler(**options)
+def test_threads_draw_what_one_draws(policy64, make_sampler, options):
+    one, several = make_sampler(threads=1), make_sampler(**options)
     for seed in range(3):
         drawn = (three_rounds(sampler, policy64, seed) for sampler in (one, several))
         for ours, theirs in zip(*drawn, strict=True):
             assert_rounds_equal(ours, theirs)
             assert len(ours.held) == 1
-            assert len(theirs.held) == (0 if "hold_cache" in options else options["streams"])
+            assert len(theirs.held) == (0 if "hold_cache" in options else options["threads"])
 
 
 @pytest.mark.slow
@@ -104,7 +106,7 @@ def test_streams_draw_what_one_draws(policy64, make_sampler, options):
 def test_no_more_rows_decode_at_once_than_slots_allow(policy32, make_sampler):
     prompts = random_prompts(5)
     for slots, parts in ((4, 1), (8, 2), (11, 2), (12, 3), (400, 3)):
-        drawn = make_sampler(streams=3, slots=slots).sample(
+        drawn = make_sampler(threads=3, slots=slots).sample(
             policy32, prompts, rows=4, stream=Stream(0)
         )
         assert len(drawn.held) == parts

@@ -24,7 +24,7 @@ from jaxreset.models.lora import LINEAR, LoRA
 from jaxreset.models.placement import param_shardings
 from jaxreset.models.policy import load_policy
 from jaxreset.parallel import make_mesh
-from jaxreset.sampling import Stream
+from jaxreset.sampling.rounds import Stream
 
 TOKENS = np.random.default_rng(0).integers(0, 28, (2, 9))
 

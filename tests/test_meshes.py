@@ -24,8 +24,9 @@ from jaxreset.models.placement import param_shardings
 from jaxreset.models.policy import load_policy
 from jaxreset.parallel import check_sizes, make_mesh, rows_sharding
 from jaxreset.run.compiles import compiles
-from jaxreset.sampling import Sampler, Shape, Snapshot, StopRules, Stream
 from jaxreset.sampling.programs import Programs
+from jaxreset.sampling.rounds import Shape, Snapshot, StopRules, Stream
+from jaxreset.sampling.sampler import Sampler
 
 pytestmark = pytest.mark.slow
 

@@ -27,7 +27,8 @@ from jaxreset.models.block import DecoderConfig
 from jaxreset.models.config_json import read_config
 from jaxreset.models.policy import load_policy, new_policy
 from jaxreset.models.rotary import RopeScaling, Yarn
-from jaxreset.sampling import Sampler, StopRules
+from jaxreset.sampling.rounds import StopRules
+from jaxreset.sampling.sampler import Sampler
 
 NAMES = ("llama3", "olmo3", "qwen2", "qwen3")
 TOLERANCE = 1e-4

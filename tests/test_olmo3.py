@@ -40,7 +40,8 @@ from jaxreset.models.policy import load_policy
 from jaxreset.models.rotary import Rope, Yarn
 from jaxreset.models.sizes import known_sizes
 from jaxreset.parallel import make_mesh
-from jaxreset.sampling import Sampler, Shape, StopRules, Stream
+from jaxreset.sampling.rounds import Shape, StopRules, Stream
+from jaxreset.sampling.sampler import Sampler
 
 WINDOW = 5
 OLMO3 = as_olmo3(dataclasses.replace(TINY, layers=3, dtype="float64"), window=WINDOW)

@@ -301,3 +301,53 @@ def test_a_callback_that_raises_ends_the_run_by_its_name(tmp_path):
         RunError, match=r"callback .*broken raised KeyError after step 4: 'accuracy'"
     ):
         call_back(experiment, {"step": 4})
+
+
+REWARDS = """
+import os
+def from_here(problem, response): return float(os.getpid())
+def heavy(problem, response):
+    if response == "slow":
+        while True: pass
+    if response == "bad": raise ValueError("of the response")
+    return len(response)
+def together(problems, responses): return [float(os.getpid())] * len(responses)
+"""
+
+
+def test_a_reward_runs_in_processes_of_its_own_under_the_deadline(tmp_path, monkeypatch):
+    import os
+
+    from jaxreset.tasks.base import Problem
+
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    one = "{function: my_rewards:heavy, weight: 2}"
+    config = load_config(
+        EXAMPLES.parent / "configs" / "quickstart.yaml",
+        [
+            f"task.reward={{pid: my_rewards:from_here, many: my_rewards:together, long: {one}}}",
+            "task.cpu_seconds=0.4",
+        ],
+    )
+    rewards = config.task.make_rewards(config.task.make())
+    texts = ["", "abc", "slow", "bad"]
+    scores = rewards.score([(Problem(f"p{n}", "?", "!"), text) for n, text in enumerate(texts)])
+    rewards.close()
+    assert os.getpid() not in scores.parts["pid"]
+    assert set(scores.parts["many"]) == {os.getpid()}
+    assert scores.parts["long"].tolist() == [0, 3, 0, 0]
+    assert (scores.timeouts, scores.errors) == ((2,), (3,))
+    assert "reward long: " in scores.reasons[0]
+    assert "of the response" in scores.reasons[0]
+    assert scores.rewards[3] == 0  # in all
+    expected = scores.parts["pid"][:3] + os.getpid() + 2 * np.array([0, 3, 0])
+    np.testing.assert_array_equal(scores.rewards[:3], expected)
+    # A single function is logged by its own name.
+    alone = load_config(
+        EXAMPLES.parent / "configs" / "quickstart.yaml", ["task.reward=my_rewards:heavy"]
+    )
+    made = alone.task.make_rewards(alone.task.make())
+    assert list(made.score([(Problem("p", "?", "!"), "ab")]).parts) == ["heavy"]
+    made.close()
+    sys.modules.pop("my_rewards")

@@ -43,7 +43,8 @@ from jaxreset.run.folder import RunFolder
 from jaxreset.run.lock import locked
 from jaxreset.run.loop import train
 from jaxreset.run.saved_arrays import load_params
-from jaxreset.sampling import Sampler, programs, schedule
+from jaxreset.sampling import programs, schedule
+from jaxreset.sampling.sampler import Sampler
 from jaxreset.tasks import pipeline
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask
@@ -319,6 +320,7 @@ def as_an_older_version_left_it(folder):
 
     known = yaml.safe_load((Path(__file__).parent / "fixtures" / "older_config.yaml").read_text())
     values = yaml.safe_load((folder / "config.yaml").read_text())
+    values["loss"]["advantage_scale"] = values["loss"]["advantage"]  # as it was called
     (folder / "config.yaml").write_text(f"{DUMPED}\n{yaml.safe_dump(kept(values, known))}")
 
 
@@ -425,7 +427,7 @@ def test_a_signal_ends_a_run_before_its_next_round(
 
 # Where Ctrl-C comes: what is called then, for the how manyth time, and the last step that is saved.
 MOMENTS = [
-    (pipeline.PromptStream, "__init__", 1, None),  # all is being read
+    (pipeline.PromptSource, "__init__", 1, None),  # all is being read
     (ChainTask, "demonstrate_solution", 20, None),  # the warm start
     (Checkpoints, "save", 1, 0),
     (Learner, "compile", 1, 0),
@@ -468,13 +470,13 @@ def test_ctrl_c_loses_no_finished_step(unstopped, tmp_path, monkeypatch, capsys)
 
 
 def test_sigterm_ends_a_warm_start(tmp_path, monkeypatch, capsys):
-    make = pipeline.PromptStream.__init__
+    make = pipeline.PromptSource.__init__
 
     def about_to_begin(self, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         make(self, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline.PromptStream, "__init__", about_to_begin)
+    monkeypatch.setattr(pipeline.PromptSource, "__init__", about_to_begin)
     jaxreset(monkeypatch, "train", QUICKSTART, *TINY.split(), f"run.dir={tmp_path}", code=75)
     assert "ended by SIGTERM; the same command starts again" in capsys.readouterr().err
     assert not (tmp_path / "checkpoints").exists()

@@ -17,8 +17,9 @@ from jaxreset.groups import Group
 from jaxreset.learning.microbatches import PackShape, pack
 from jaxreset.learning.update import exists, score
 from jaxreset.run.compiles import compiles
-from jaxreset.sampling import Sampler, Shape, Snapshot, StopReason, StopRules, Stream
 from jaxreset.sampling.checks import check_snapshots
+from jaxreset.sampling.rounds import Shape, Snapshot, StopReason, StopRules, Stream
+from jaxreset.sampling.sampler import Sampler
 from jaxreset.spelling import token_bytes
 from jaxreset.steps import build_automaton
 

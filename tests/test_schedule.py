@@ -18,9 +18,11 @@ from jaxreset.models.decoder import KV, Decoder
 from jaxreset.models.placement import param_shardings
 from jaxreset.parallel import make_mesh
 from jaxreset.run.compiles import compiles
-from jaxreset.sampling import Sampler, Shape, StopRules, Stream, decoding, schedule
+from jaxreset.sampling import decoding, schedule
 from jaxreset.sampling.decoding import Limits, decode
 from jaxreset.sampling.drawing import idle_lanes
+from jaxreset.sampling.rounds import Shape, StopRules, Stream
+from jaxreset.sampling.sampler import Sampler
 from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes, next_batch, windows
 from jaxreset.sampling.tokens import Draws
 from jaxreset.steps import build_automaton
@@ -156,8 +158,8 @@ def test_segments_change_no_token(policies, make_sampler, monkeypatch, dtype, sl
         snapshots = random_snapshots(reset, 3, seed)
         return base, reset, sampler.resume(policy, snapshots, rows=4, stream=Stream(seed, phase=2))
 
-    plain = make_sampler(streams=1)
-    segmented = make_sampler(slots=slots, streams=1 if slots is None else 2)
+    plain = make_sampler(threads=1)
+    segmented = make_sampler(slots=slots, threads=1 if slots is None else 2)
     with jax.enable_x64(dtype == "float64"):
         for seed in range(6):
             draw = {"temperature": [0.0, 1.0, 0.7][seed % 3]}

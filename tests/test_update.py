@@ -37,7 +37,7 @@ from jaxreset.models.placement import param_shardings
 from jaxreset.models.rotary import RopeScaling
 from jaxreset.parallel import make_mesh, rows_sharding
 from jaxreset.run.compiles import compiles
-from jaxreset.sampling import Stream
+from jaxreset.sampling.rounds import Stream
 
 pytestmark = pytest.mark.slow
 

@@ -40,7 +40,7 @@ from jaxreset.models.block import Block, DecoderConfig, RMSNorm
 from jaxreset.models.packing import Packing
 from jaxreset.models.rotary import Rotation
 from jaxreset.models.windows import (
-    Place,
+    Standing,
     View,
     existing,
     of_layer,
@@ -230,7 +230,7 @@ class Decoder(nnx.Module):
         (_, own), _ = self._scan(layer, start, remat=remat)
         return self.norm(own)
 
-    def place(self, slots: Array, prefix_lengths: Array, size: int, prefix_size: int) -> Place:
+    def place(self, slots: Array, prefix_lengths: Array, size: int, prefix_size: int) -> Standing:
         """Of tokens in the own `slots` `[N, K]` of rows with `size` of them, behind `prefix_size` slots."""
         return place_of(self.config, slots, prefix_lengths, size, prefix_size)
 
@@ -241,7 +241,7 @@ class Decoder(nnx.Module):
         prefix: Store,
         prefix_lengths: Array,
         suffix: Store,
-        place: Place | None = None,
+        place: Standing | None = None,
         attend: Attend = shared_prefix_attention,
     ) -> tuple[Array, Store]:
         """One decoding step for K rows of N groups.

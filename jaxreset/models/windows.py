@@ -35,7 +35,7 @@ class View(NamedTuple):
     prefix_mask: Array
 
 
-class Place(NamedTuple):
+class Standing(NamedTuple):
     """Where the tokens of a decoding step stand.
 
     turn, mask: as in `View`.  inside: the view in layers with a window, if there are any.
@@ -90,11 +90,11 @@ def chosen(windowed: Array, whole: Choice, inside: Choice) -> Choice:
 
 def place_of(
     config: DecoderConfig, slots: Array, prefix_lengths: Array, size: int, prefix_size: int
-) -> Place:
+) -> Standing:
     """Of tokens in the own `slots` `[N, K]` of rows with `size` of them, behind `prefix_size` slots."""
     positions = (prefix_lengths[:, None] + slots)[..., None]
     whole, inside = turns_of(config, positions)
-    place = Place(whole, (jnp.arange(size) <= slots[..., None])[:, :, None])
+    place = Standing(whole, (jnp.arange(size) <= slots[..., None])[:, :, None])
     if not any(config.windowed):
         return place
     window = config.window or NO_WINDOW

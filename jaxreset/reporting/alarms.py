@@ -101,10 +101,11 @@ def describe(kind: str, record: Record, ends: Counter[str], config: Config, mark
         return f"Nearly no response has an answer: {answered}."
     if kind == "no signal":
         reward = record["reward/mean"] or 0.0
+        wanted = "easier" if reward < config.task.failed_below else "harder"
         return (
             f"In {STEPS[kind]} steps no group had both right and wrong responses (mean reward "
             f"{reward:.3g}), so the reward teaches nothing. Use "
-            f"{'harder' if reward >= 0.5 else 'easier'} problems (data.path), or draw more "
+            f"{wanted} problems (data.path), or draw more "
             f"of each (reset.layout {config.reset.layout})."
         )
     if record.get("response/answered", 1.0) < 0.5:

@@ -33,7 +33,12 @@ COLUMNS = {
 
 
 def write_report(
-    folder: Path, history: Sequence[dict[str, Any]], curve: Path, *, trees: int = 3
+    folder: Path,
+    history: Sequence[dict[str, Any]],
+    curve: Path,
+    *,
+    trees: int = 3,
+    failed_below: float = 0.5,
 ) -> Path:
     """Writes `report.html` into a run's folder.
 
@@ -42,6 +47,7 @@ def write_report(
       history: metrics, one object a step.
       curve: the learning curve's PNG, which is embedded.
       trees: how many reset trees of the latest step to show, those with resets first.
+      failed_below: a reward under it is shown as a failure.
 
     Returns:
       The file's path.
@@ -57,7 +63,7 @@ def write_report(
         "<h2>Evaluations</h2>",
         _table(shown),
         "<h2>Reset trees of the latest step</h2>",
-        *[_tree(tree) for tree in _latest_trees(folder, trees)],
+        *[_tree(tree, failed_below) for tree in _latest_trees(folder, trees)],
         f"<h2>Config</h2><pre>{escape(config)}</pre>",
     ]
     path = folder / "report.html"
@@ -93,10 +99,14 @@ def _latest_trees(folder: Path, count: int) -> list[dict[str, Any]]:
     files = sorted((folder / "rollouts").glob("step_*.jsonl"))
     if not files:
         return []
-    return sorted(_lines(files[-1]), key=lambda tree: not tree["localizations"])[:count]
+
+    def without_reset(tree: dict[str, Any]) -> bool:
+        return all(group["reset_step"] is None for group in tree["groups"])
+
+    return sorted(_lines(files[-1]), key=without_reset)[:count]
 
 
-def _tree(tree: dict[str, Any]) -> str:
+def _tree(tree: dict[str, Any], failed_below: float) -> str:
     parts = [f"<h3>{escape(tree['problem'])}</h3><pre>{escape(tree['question'])}</pre>"]
     for group in tree["groups"]:
         title = "from the prompt"
@@ -105,7 +115,8 @@ def _tree(tree: dict[str, Any]) -> str:
         kept = group["kept"]
         parts.append(f"<div class='group'><b>{title}</b>")
         for row in group["rows"]:
-            kind = "right" if (row["reward"] or 0) >= 0.5 else "wrong"  # None: it wasn't finite
+            reward = row["reward"]  # None: it wasn't finite
+            kind = "wrong" if reward is None or reward < failed_below else "right"
             drawn = escape(row["text"].removeprefix(kept))
             text = f"<span class='kept'>{escape(kept)}</span>{drawn}"
             parts.append(f"<pre class='{kind}'>{text}</pre>")

@@ -83,8 +83,8 @@ class Collector:
         return _Step(self, policy, prompts, seed, step).run()
 
 
-class _Place(NamedTuple):
-    """Where a prompt's record holds a rollout: a row of a group, or (None) of the dropped seeds."""
+class _Seed(NamedTuple):
+    """A failed rollout, by where the tree has it: a row of a group, or (None) of the dropped seeds."""
 
     group: int | None
     row: int
@@ -96,7 +96,7 @@ class _Start(NamedTuple):
     Attributes:
       prompt: of which.
       first_row: number of its first row among the prompt's rows of the phase.
-      seed: the failed rollout that it goes back to, by its place in the record; None: it is no reset.
+      seed: the failed rollout that it goes back to, by where the tree has it; None: it is no reset.
       step: before which it begins.
       kept_logps: of the kept tokens.
       cuts: the resets that the seed comes from.
@@ -106,7 +106,7 @@ class _Start(NamedTuple):
     first_row: int
     snapshot: Snapshot | None = None
     written: np.ndarray = np.zeros(0, np.int32)
-    seed: _Place | None = None
+    seed: _Seed | None = None
     step: int | None = None
     kept_logps: np.ndarray = np.zeros(0, np.float32)
     cuts: tuple[Cut, ...] = ()
@@ -241,7 +241,7 @@ class _Step:
     def apply_rule(self, candidates: list[list[Rollout]], phase: int) -> list[list[int | Written]]:
         """What the rule says of each candidate; it is called once for all."""
         asked = [
-            (n, rollout, self.place(n, failed, i))
+            (n, rollout, self.seed(n, failed, i))
             for n, failed in enumerate(candidates)
             for i, rollout in enumerate(failed)
         ]
@@ -297,7 +297,7 @@ class _Step:
         """The reset of a candidate."""
         seed = failed[i]
         cuts = self.origins[seed.round, seed.group][1]
-        start = _Start(n, 0, seed=self.place(n, failed, i), cuts=cuts)
+        start = _Start(n, 0, seed=self.seed(n, failed, i), cuts=cuts)
         if isinstance(step, Written):
             assert self.to.write is not None  # the experiment's part
             tokens = self.to.write(step.steps)
@@ -308,9 +308,9 @@ class _Step:
         snapshot = Snapshot(seed.round, seed.group, seed.row, length)
         return start._replace(snapshot=snapshot, step=step, kept_logps=self.logps(seed)[:kept])
 
-    def place(self, n: int, failed: list[Rollout], i: int) -> _Place:
+    def seed(self, n: int, failed: list[Rollout], i: int) -> _Seed:
         dropped = self.objective.drop_seeds
-        return _Place(None, i) if dropped else _Place(len(self.groups[n]) - 1, failed[i].row)
+        return _Seed(None, i) if dropped else _Seed(len(self.groups[n]) - 1, failed[i].row)
 
     def resume(self, starts: Sequence[_Start], phase: int) -> list[list[Rollout]]:
         """Scored branches of each start; those whose snapshots are of one round are drawn together."""

@@ -36,8 +36,9 @@ from jaxreset.run.evaluate import Accuracy, evaluate
 from jaxreset.run.objects import with_objects
 from jaxreset.run.parts import adapted, make_localizer, read_or_make_problems, starting_policy
 from jaxreset.run.warm_start import warm_start
-from jaxreset.sampling import Sampler, StopRules
-from jaxreset.tasks.pipeline import Prompt, PromptStream, encode_prompts, fit_prompts, steps_writer
+from jaxreset.sampling.rounds import StopRules
+from jaxreset.sampling.sampler import Sampler
+from jaxreset.tasks.pipeline import Prompt, PromptSource, encode_prompts, fit_prompts, steps_writer
 from jaxreset.tasks.scoring import score_together
 
 Record = dict[str, Any]
@@ -92,7 +93,7 @@ class Experiment:
         train, overlong = fit_prompts(problems.train, task, policy.tokenizer, limit, refuse=refuse)
         test, _ = fit_prompts(problems.test, task, policy.tokenizer, limit, refuse=refuse)
         self.problems, self.overlong = problems._replace(train=train, test=test), overlong
-        self.stream = PromptStream(train, task, policy.tokenizer, seed=config.seed)
+        self.source = PromptSource(train, task, policy.tokenizer, seed=config.seed)
 
         s = config.sampling
         self.sampler = Sampler.for_policy(
@@ -208,8 +209,8 @@ class Experiment:
             self.collector.localizer.compile(policy)
 
     def prompts(self, count: int | None = None) -> list[Prompt]:
-        """The next prompts of the shuffled stream; None: as many as a step takes."""
-        return self.stream.next(self.config.train.prompts_per_step if count is None else count)
+        """The next prompts of the shuffled source; None: as many as a step takes."""
+        return self.source.next(self.config.train.prompts_per_step if count is None else count)
 
     def test_prompts(self) -> list[Prompt]:
         """The held-out prompts; their numbers start at 0."""
@@ -260,7 +261,7 @@ class Experiment:
         metrics = self.learner.learn(groups, 1 + max((g.prompt for g in groups), default=-1))
         progress = self.learner.progress
         self.learner.progress = progress._replace(
-            step=progress.step + 1, data_position=self.stream.position
+            step=progress.step + 1, data_position=self.source.position
         )
         return metrics
 
@@ -282,7 +283,7 @@ class Experiment:
             "seconds": end - start,
             **collected.metrics,
             **learnt,
-            "data/position": self.stream.position,
+            "data/position": self.source.position,
             "data/overlong_dropped": self.overlong.dropped,
             "data/ungradable_dropped": self.problems.ungradable,
             "optimizer_version": learner.progress.version,

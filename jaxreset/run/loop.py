@@ -119,7 +119,8 @@ def _train(config: Config, folder: RunFolder, preemption: Preemption, display: D
     if is_leader():
         with naming_full_disk(folder.path):
             draw_curve(history, curve, title=config.objective)
-            write_report(folder.path, history, curve)
+            threshold = config.task.failed_below
+            write_report(folder.path, history, curve, failed_below=threshold)
         display.summary(history, folder.path, curve)
     return Result(folder.path, history, curve, learner.policy)
 
@@ -150,7 +151,7 @@ def _prepare(
             leaf.delete()  # there may not be room for two states
         learner.state, learner.progress = checkpoints.restore(like, set_aside=True)
         folder.cut_back(learner.progress.step)
-        experiment.stream.position = learner.progress.data_position
+        experiment.source.position = learner.progress.data_position
     else:
         _save(checkpoints, learner)
         folder.cut_back(-1)

@@ -13,7 +13,8 @@ from jaxreset.models.policy import Policy, load_policy, new_policy
 from jaxreset.parallel import check_sizes, put
 from jaxreset.planning.shapes import RunShapes, fresh_sizes
 from jaxreset.resets.localize import Localizer, PolicyLocalizer, ScoringLocalizer
-from jaxreset.sampling import Sampler, StopRules
+from jaxreset.sampling.rounds import StopRules
+from jaxreset.sampling.sampler import Sampler
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.chain import TOKENIZER
 from jaxreset.tasks.pipeline import Problems, own_problems, read_problems

@@ -1,4 +1,4 @@
-"""A round dealt out to streams and shards, drawn, and put together again."""
+"""A round dealt out to threads and shards, drawn, and put together again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxreset.sampling.drawing import Rows, Spent, Start, pad_start
 from jaxreset.sampling.places import dealt, places_on
 from jaxreset.sampling.programs import Programs
 from jaxreset.sampling.rounds import Held, Round, Shape, Snapshot
-from jaxreset.sampling.streams import deal, run_side_by_side
+from jaxreset.sampling.threads import deal, run_side_by_side
 from jaxreset.sampling.tokens import Draws
 
 
@@ -61,7 +61,7 @@ def draw_round(
         start = pad_start(start._replace(first_rows=first_rows), part.groups, places)
         return groups, places, start, prepare(part, members, places)
 
-    def stream(
+    def draw(
         groups: range, places: np.ndarray, start: Start, prefix: Store
     ) -> tuple[Rows, Held | None, Spent]:
         rows, pages, spent = programs.draw(policy, part, prefix, start, draws, hold=holds)
@@ -69,13 +69,13 @@ def draw_round(
         rows = jax.tree.map(lambda x: x[places].reshape(*whole, *x.shape[2:]), rows)
         return rows, None if pages is None else Held(groups, places, prefix, pages), spent
 
-    programs.layout(policy)  # once, before streams ask for it side by side
-    parts = deal(len(prefixes), memory.streams_of(shape.rows))
+    programs.layout(policy)  # once, before threads ask for it side by side
+    parts = deal(len(prefixes), memory.threads_of(shape.rows))
     ready = run_side_by_side([partial(prepared, groups) for groups in parts])
     if release is not None:
         release.release()
-    streams = [partial(stream, *beginning) for beginning in ready]
-    drawn, held, spent = zip(*run_side_by_side(streams), strict=True)
+    threads = [partial(draw, *beginning) for beginning in ready]
+    drawn, held, spent = zip(*run_side_by_side(threads), strict=True)
     rows = jax.tree.map(lambda *parts: np.concatenate(parts), *drawn)
     return Round(
         ids=np.asarray(starts.ids, np.int64),

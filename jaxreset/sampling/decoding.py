@@ -24,7 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxreset.models.attention import Attend, attend_by_heads, shared_prefix_attention
-from jaxreset.models.decoder import Decoder, Place, Store
+from jaxreset.models.decoder import Decoder, Standing, Store
 from jaxreset.parallel import DATA_AXES, replicated
 from jaxreset.sampling.rounds import StopReason
 from jaxreset.sampling.stores import constrain, fork
@@ -195,7 +195,7 @@ def _decode(
     def able(drawn: Drawn) -> Array:
         return (drawn.reasons == StopReason.RUNNING) & (drawn.lengths < window)
 
-    def place(lengths: Array) -> Place:
+    def place(lengths: Array) -> Standing:
         return model.place(lengths, lanes.prefix_lengths - 1, window, shared[0].keys.shape[-1])
 
     def numbers(drawn: Drawn) -> Array:
@@ -203,11 +203,11 @@ def _decode(
         positions = (used + drawn.lengths)[..., None] + jnp.arange(DRAWN_AHEAD)
         return jnp.moveaxis(row_uniforms(keys, positions, zeros.dtype), 2, 0)
 
-    def going_on(state: tuple[Drawn, Store, Place, Array]) -> Array:
+    def going_on(state: tuple[Drawn, Store, Standing, Array]) -> Array:
         count = able(state[0]).sum()
         return (count if mesh is None else jax.lax.psum(count, DATA_AXES)) > leave
 
-    def step(state: tuple[Drawn, Store, Place, Array]) -> tuple[Drawn, Store, Place, Array]:
+    def step(state: tuple[Drawn, Store, Standing, Array]) -> tuple[Drawn, Store, Standing, Array]:
         drawn, own, here, ahead = state
         live = able(drawn)
         ahead = jax.lax.cond(drawn.steps % DRAWN_AHEAD == 0, numbers, lambda drawn: ahead, drawn)

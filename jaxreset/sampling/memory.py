@@ -22,7 +22,7 @@ from jaxreset.sampling.lanes import page_rows
 from jaxreset.sampling.places import cut_over
 from jaxreset.sampling.rounds import Shape
 from jaxreset.sampling.schedule import LaneShape, lane_shapes
-from jaxreset.sampling.streams import LARGE_WEIGHTS, cores
+from jaxreset.sampling.threads import LARGE_WEIGHTS, cores
 
 HoldCache = Literal["auto", "always", "never"]
 
@@ -39,7 +39,7 @@ class RoundMemory:
       weights: bytes of its parameters, on all devices.
       on_cpu: whether the devices are a machine's cores.
       device_bytes: memory of a device.
-      mesh, slots, streams, hold_cache: as of `sampler.Sampler`.
+      mesh, slots, threads, hold_cache: as of `sampler.Sampler`.
       parents: rounds that others go back to; None: any may be.
     """
 
@@ -49,7 +49,7 @@ class RoundMemory:
     device_bytes: int
     mesh: Mesh | None = None
     slots: int | None = None
-    streams: int | None = None
+    threads: int | None = None
     hold_cache: HoldCache = "auto"
     parents: frozenset[Shape] | None = None
 
@@ -58,25 +58,25 @@ class RoundMemory:
         """Into how many parts the groups of a round are split."""
         return data_shards(self.mesh)
 
-    def streams_of(self, rows: int) -> int:
+    def threads_of(self, rows: int) -> int:
         """Threads that draw a round of groups of `rows`: no more than `slots` has room for."""
         most = 1
-        if self.streams is not None:
-            most = self.streams
+        if self.threads is not None:
+            most = self.threads
         elif self.on_cpu and self.mesh is None:
             most = cores() if self.weights <= LARGE_WEIGHTS else 1
         return most if self.slots is None else max(min(most, self.slots // rows), 1)
 
     def part(self, shape: Shape) -> Shape:
-        """Sizes of what one stream draws of a round; see `places.cut_over`."""
-        groups = -(-shape.groups // self.streams_of(shape.rows))
+        """Sizes of what one thread draws of a round; see `places.cut_over`."""
+        groups = -(-shape.groups // self.threads_of(shape.rows))
         return cut_over(shape._replace(groups=groups), self.shards)
 
     def lanes(self, part: Shape) -> list[LaneShape]:
-        """Sizes of the lanes that one stream may decode its part of a round in."""
+        """Sizes of the lanes that one thread may decode its part of a round in."""
         slots = CPU_SLOTS if self.on_cpu else None
         if self.slots is not None:
-            slots = self.slots // self.streams_of(part.rows)
+            slots = self.slots // self.threads_of(part.rows)
         return lane_shapes(*part, slots=slots, shards=self.shards)
 
     def holds(self, shape: Shape) -> bool:
@@ -96,12 +96,12 @@ class RoundMemory:
         own = n * k * s
         if lanes[:2] != (n, k):  # on pages, one of which is the last lanes
             own = self._page_slots(n * k, s) + lanes.groups * lanes.rows * s
-        return self._streams_drawing(shape) * self._bytes(n * p + own)
+        return self._threads_drawing(shape) * self._bytes(n * p + own)
 
     def prefix_bytes(self, shape: Shape) -> int:
         """Bytes on a device of a round's prefixes."""
         part = self.part(shape)
-        return self._streams_drawing(shape) * self._bytes(part.groups * part.prefix)
+        return self._threads_drawing(shape) * self._bytes(part.groups * part.prefix)
 
     def drawing_bytes(self, shape: Shape) -> int:
         """Bytes on a device at the worst moment of drawing a round, which may be held then."""
@@ -111,7 +111,7 @@ class RoundMemory:
         beside = self._beside_in_place if in_place else self._beside_pages
         most = max(at.groups * at.rows * at.window + beside(shape, at) for at in lanes)
         slots = part.groups * part.prefix + most
-        return self._streams_drawing(shape) * self._bytes(slots)
+        return self._threads_drawing(shape) * self._bytes(slots)
 
     def _beside_in_place(self, shape: Shape, at: LaneShape) -> int:
         """Slots beside lanes and prefixes where all rows start in their places."""
@@ -142,9 +142,9 @@ class RoundMemory:
         on_page = page_rows(window, self.shards)
         return -(-rows // on_page) * on_page * window
 
-    def _streams_drawing(self, shape: Shape) -> int:
+    def _threads_drawing(self, shape: Shape) -> int:
         """That have groups to draw."""
-        return -(-shape.groups // -(-shape.groups // self.streams_of(shape.rows)))
+        return -(-shape.groups // -(-shape.groups // self.threads_of(shape.rows)))
 
     def _bytes(self, slots: int) -> int:
         """Of so many slots in all groups, on one device."""

@@ -53,7 +53,7 @@ class Programs:
       automaton: the step table.
       limits: when responses end.
       mesh: that the arrays lie on; None: one device.
-      **settings: `slots`, `streams`, `hold_cache` and `parents` of `RoundMemory`.
+      **settings: `slots`, `threads`, `hold_cache` and `parents` of `RoundMemory`.
     """
 
     def __init__(

@@ -51,9 +51,9 @@ class Sampler:
       shapes: the sizes to compile for; `sample` takes the smallest that holds its prompts. None: sizes
         are rounded up to powers of two and compiled when first met, for interactive use.
       forks: (parent, child) sizes for `resume`; a parent is one of `shapes` or an earlier child.
-      slots: most rows that decode at once, in all streams together; the others wait for a place. None:
+      slots: most rows that decode at once, in all threads together; the others wait for a place. None:
         32 a stream on CPU, where more make none cheaper, and all elsewhere.
-      streams: threads that each draw some of a round's groups. None: on CPU one a core, unless the
+      threads: that each draw some of a round's groups. None: on CPU one a core, unless the
         weights are large, and one elsewhere.
       question_tokens: most tokens that `resume` may put behind a snapshot; 0: it gets no questions.
       hold_cache: whether a round keeps its keys and values, so that `resume` gathers its prefixes.
@@ -72,7 +72,7 @@ class Sampler:
         shapes: Sequence[Shape] | None = None,
         forks: Sequence[tuple[Shape, Shape]] = (),
         slots: int | None = None,
-        streams: int | None = None,
+        threads: int | None = None,
         question_tokens: int = 0,
         hold_cache: HoldCache = "auto",
         mesh: Mesh | None = None,
@@ -96,7 +96,7 @@ class Sampler:
             limits,
             mesh=mesh,
             slots=slots,
-            streams=streams,
+            threads=threads,
             hold_cache=hold_cache,
             parents=None if shapes is None else frozenset(parent for parent, _ in self.forks),
         )
@@ -118,7 +118,7 @@ class Sampler:
           policy: its tokenizer says how texts are spelt in tokens.
           stop: when responses end.
           delimiter, answer_marker, stop_strings: see `steps.build_automaton`.
-          **options: `shapes`, `forks`, `slots`, `streams`, `question_tokens`, `hold_cache` and
+          **options: `shapes`, `forks`, `slots`, `threads`, `question_tokens`, `hold_cache` and
             `mesh` of `Sampler`.
 
         Raises:

@@ -105,10 +105,10 @@ def fit_prompts(
     return kept, found
 
 
-class PromptStream:
-    """An endless, shuffled stream of prompts; its whole state is `position`.
+class PromptSource:
+    """An endless, shuffled source of prompts; its whole state is `position`.
 
-    Each pass over the problems has an order of its own, and each prompt of the stream a number of its
+    Each pass over the problems has an order of its own, and each prompt of the source a number of its
     own, so that a problem met again draws other random numbers.
 
     Args:

@@ -27,7 +27,7 @@ EXPECTED = "a function of (problem, response), or of (problems, responses) for m
 Reward = Callable[..., Any]
 
 
-class RewardPart(NamedTuple):
+class Weighted(NamedTuple):
     """One of several rewards: its function, None for the task's own verifier, and its weight."""
 
     function: Reward | None
@@ -74,7 +74,7 @@ class Rewards:
     """
 
     def __init__(
-        self, task: Task, parts: Mapping[str, RewardPart], *, processes: int, cpu_seconds: float
+        self, task: Task, parts: Mapping[str, Weighted], *, processes: int, cpu_seconds: float
     ):
         self._weights = {name: part.weight for name, part in parts.items()}
         self._scorers: dict[str, ScoreItems] = {}

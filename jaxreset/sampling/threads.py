@@ -1,8 +1,8 @@
-"""Drawing a round in several streams: threads that each run programs over some of its groups.
+"""Drawing a round in several threads, each of which runs programs over some of its groups.
 
 XLA splits single operations over the cores of a CPU. Those of a decoding step are so small that the
 cores mostly wait for one another; two halves of a round side by side take half the time. On an
-accelerator programs run one after the other, so one stream is all there is.
+accelerator programs run one after the other, so one thread is all there is.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def deal(count: int, streams: int) -> list[range]:
-    """`count` groups in at most `streams` runs of almost equal length, none of them empty.
+def deal(count: int, threads: int) -> list[range]:
+    """`count` groups in at most `threads` runs of almost equal length, none of them empty.
 
     >>> deal(5, 2)
     [range(0, 3), range(3, 5)]
     >>> deal(1, 2)
     [range(0, 1)]
     """
-    ends = [-(-count * (i + 1) // streams) for i in range(streams)]
+    ends = [-(-count * (i + 1) // threads) for i in range(threads)]
     starts = [0, *ends[:-1]]
     return [range(a, b) for a, b in zip(starts, ends, strict=True) if b > a]
 
