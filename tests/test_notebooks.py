@@ -126,4 +126,4 @@ def test_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(e for row in found["errors"] for e in row) > 0
     assert found["steps"] == 5
     assert found["moved"][0] != found["moved"][1]
-    assert found["accuracy"][1] > 0.2
+    assert min(found["accuracy"]) > 0.45
