@@ -42,3 +42,16 @@ TaskName = Annotated[str, _named(find_task)]
 AdvantageName = Annotated[str, _named(find_advantage)]
 FormName = Annotated[str, _named(find_form)]
 CallbackName = Annotated[str, _named(find_callback)]
+
+
+def by_name(rewards: Any) -> Any:
+    """Rewards in short, one by its import path or several without weights, as the schema has them."""
+    if isinstance(rewards, str):
+        rewards = {rewards.rpartition(":")[2].rpartition(".")[2]: rewards}
+    if not isinstance(rewards, dict | None):
+        raise ValueError(
+            f"{rewards!r:.80}: expected an import path, or rewards by names of your own"
+        )
+    if rewards is None:
+        return None
+    return {n: {"function": r} if isinstance(r, str) else r for n, r in rewards.items()}

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -27,6 +28,7 @@ from jaxreset.config_names import (
     RewardName,
     RuleName,
     TaskName,
+    by_name,
 )
 from jaxreset.learning.form import LossForm, find_form
 from jaxreset.learning.settings import AdamW, Schedule
@@ -111,7 +113,7 @@ class TaskConfig(Section):
 
     name: TaskName = Field("chain", description="chain, math, or a class by its import path")
     options: dict[str, Any] = Field({}, description="arguments of a class of your own")
-    reward: RewardName | dict[str, RewardName | Reward] | None = Field(
+    reward: Annotated[dict[str, Reward] | None, BeforeValidator(by_name)] = Field(
         None,
         description="import path of a function, or several by names of your own; null: the task's own",
     )
@@ -146,14 +148,9 @@ class TaskConfig(Section):
         """What scores in place of the task; None: nothing does."""
         if self.reward is None:
             return None
-        named = self.reward
-        if isinstance(named, str):
-            named = {named.rpartition(":")[2].rpartition(".")[2]: named}
         parts = {
-            name: Weighted(find_reward(one))
-            if isinstance(one, str)
-            else Weighted(find_reward(one.function), one.weight)
-            for name, one in named.items()
+            name: Weighted(find_reward(one.function), one.weight)
+            for name, one in self.reward.items()
         }
         return Rewards(task, parts, processes=self.processes, cpu_seconds=self.cpu_seconds)
 

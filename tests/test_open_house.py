@@ -195,9 +195,16 @@ WRONG = [
         "importing it raised ModuleNotFoundError: No module named 'of_nobody'",
     ),
     ("reset.rule=__main__:rule", "was handed over as an object"),
-    ("task.reward=wrong_ways:three", "task.reward: wrong_ways:three(a, b, c) can't be called so"),
+    (
+        "task.reward=wrong_ways:three",
+        "task.reward.three.function: wrong_ways:three(a, b, c) can't be called so",
+    ),
     ("task.reward=wrong_ways:unnamed", "takes (first, second), which doesn't say whether"),
-    ("task.reward={a: {weight: 2}}", "task.reward.a"),
+    ("task.reward={a: {weight: 2}}", "task.reward.a.function: Field required"),
+    (
+        "task.reward=[wrong_ways:unnamed]",
+        "expected an import path, or rewards by names of your own",
+    ),
     ("task.name=chian", "task.name: no task is called 'chian'; did you mean 'chain'?"),
     (
         "task.name=wrong_ways:one",
@@ -286,6 +293,20 @@ def test_objects_without_a_name_are_told_apart():
     assert paths[0] == paths[2] != paths[1]
     assert [extensions.load(path) for path in paths] == [first, second, first]
     assert extensions.hand_over(test_objects_without_a_name_are_told_apart).endswith("_apart")
+
+
+def test_the_summary_says_why_a_run_ended_early(tmp_path):
+    from io import StringIO
+
+    from rich.console import Console
+
+    from jaxreset.reporting.display import Display
+
+    shown = StringIO()
+    history = [{"step": 0}, {"step": 3, "optimizer_steps": 1, "stopped": "95% [of] them are right"}]
+    display = Display(Console(file=shown, width=120))
+    display.summary(history, tmp_path, tmp_path / "curve.png")
+    assert "stopped early after step 3: 95% [of] them are right" in shown.getvalue()
 
 
 def test_a_callback_that_raises_ends_the_run_by_its_name(tmp_path):

@@ -122,5 +122,8 @@ class Display:
                 "is the one that training started from",
                 soft_wrap=True,
             )
+        if history and (reason := history[-1].get("stopped")) is not None:
+            text = f"stopped early after step {history[-1]['step']}: {escape(str(reason))}"
+            self.console.print(text, soft_wrap=True)
         self.console.print(f"learning curve: {curve}", soft_wrap=True)
         self.console.print(f"run folder:     {folder}", soft_wrap=True)
