@@ -54,9 +54,8 @@ def test_evaluation_draws_as_configured_and_greedily(given):
         sampler=Evaluated(rounds),
         task=TASK,
         decode=decode,
-        collector=SimpleNamespace(
-            score=TASK.score, interrupt=lambda: None, keep_errors=lambda errors: None
-        ),
+        score=TASK.score,
+        collector=SimpleNamespace(interrupt=lambda: None, keep_errors=lambda errors: None),
         test_prompts=lambda: prompts(0, 1, 2),
     )
     record = Experiment.evaluate(experiment, SimpleNamespace(version=0), 4)

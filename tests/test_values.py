@@ -108,7 +108,7 @@ def group(rewards, *, prefix=3, lengths=None, parent=None, together=0, prompt=0)
 
 def credited(*groups, scale="std"):
     set_advantages(groups, scale=scale, size=(8, 8))
-    credit_steps(groups, scale=scale)
+    credit_steps(groups)
     return groups
 
 
@@ -201,7 +201,7 @@ def test_cut_responses_are_credited_as_they_are_normalised(penalty):
     base.cut = np.array([False, True, False, False])
     options = {"cut_penalty": penalty, "mask_cut": penalty == 0}
     set_advantages([base, reset], scale="none", size=(8, 8), **options)
-    credit_steps([base, reset], scale="none", **options)
+    credit_steps([base, reset], **options)
     if penalty:
         value = (1 - penalty) / 4
         np.testing.assert_allclose(base.token_advantages[1][:2], 0.5 - value)

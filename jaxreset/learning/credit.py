@@ -8,13 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxreset.groups import Group
-from jaxreset.losses import Scale
-
-SMALL = 1e-8  # a deviation below it counts as none, as in `losses.group_advantages`
 
 
 def credit_steps(
-    groups: Sequence[Group], *, scale: Scale, cut_penalty: float = 0.0, mask_cut: bool = False
+    groups: Sequence[Group], *, cut_penalty: float = 0.0, mask_cut: bool = False
 ) -> None:
     """Gives the tokens of rollouts that were reset advantages of their own, `Group.token_advantages`.
 
@@ -24,12 +21,12 @@ def credit_steps(
         tokens of the kept steps   value of the reset group - value of its own group
         the tokens after them      its reward - value of the reset group
 
-    in the unit in which its group's advantages are, `scale`: together they are the group's advantage, and a
-    rollout without resets has just that. With several resets each part is between two of them.
+    in the unit that the group's advantages have, whichever of `losses.Scale` made them: together they are
+    the group's advantage, and a rollout without resets has just that. With several resets each part is
+    between two of them.
 
     Args:
       groups: of a step, those of a prompt in the order in which they were drawn, with advantages.
-      scale: see `losses.group_advantages`.
       cut_penalty, mask_cut: as of `groups.set_advantages`, which was called before.
     """
 
@@ -40,7 +37,6 @@ def credit_steps(
     for group in groups:
         of_prompt[group.prompt].append(group)
     for family in of_prompt.values():
-        units = _units(family, scale, cut_penalty)
         for number, group in enumerate(family):
             children: defaultdict[int, list[tuple[int, float]]] = defaultdict(list)
             for child in family:
@@ -49,7 +45,10 @@ def credit_steps(
                     children[child.parent[1]].append((kept, value_of(child)))
             if not children:
                 continue
-            value, unit = value_of(group), units[group.normalized_with]
+            together = [g for g in family if g.normalized_with == group.normalized_with]
+            rewards = np.concatenate([g.rewards - cut_penalty * g.cut for g in together])
+            advantages = np.concatenate([g.advantages for g in together])
+            value, unit = value_of(group), _unit(rewards - rewards.mean(), advantages)
             group.token_advantages = [
                 _of_parts(
                     len(suffix), sorted(children[row]), value, unit, float(group.advantages[row])
@@ -73,21 +72,9 @@ def _of_parts(
     return advantages
 
 
-def _units(family: Sequence[Group], scale: Scale, cut_penalty: float) -> dict[int, float]:
-    """What the rewards of each set that is normalised together are divided by; 1 where all are equal."""
-    sets: defaultdict[int, list[np.ndarray]] = defaultdict(list)
-    for group in family:
-        sets[group.normalized_with].append(group.rewards - cut_penalty * group.cut)
-    units = {}
-    for name, rewards in sets.items():
-        joined = np.concatenate(rewards)
-        count, deviation = len(joined), float(np.std(joined))
-        unit = {
-            "std": deviation,
-            "sample_std": deviation * np.sqrt(count / max(count - 1, 1)) + 1e-6,
-            "mean": float(np.mean(joined)),
-            "loo": (count - 1) / count,
-            "none": 1.0,
-        }[scale]
-        units[name] = float(unit) if deviation >= SMALL and unit > 0 else 1.0
-    return units
+def _unit(rewards: np.ndarray, advantages: np.ndarray) -> float:
+    """What a group's rewards, less their mean, were divided by; 1 where nobody has an advantage."""
+    largest = int(np.argmax(np.abs(advantages)))
+    if not advantages[largest]:
+        return 1.0
+    return float(rewards[largest] / advantages[largest])

@@ -57,6 +57,7 @@ class Experiment:
       objective, task, sampler, collector: what it says.
       shapes: that are compiled.
       problems: the two splits, those with overlong prompts left out.
+      score: rewards of (problem, response) pairs.
       callbacks: functions of a step's record and this experiment.
       stopped: why a callback ended the training; None: none did.
 
@@ -79,6 +80,7 @@ class Experiment:
         )
         self.task = task = config.task.make()
         self.rewards = config.task.make_rewards(task)
+        self.score = task.score if self.rewards is None else self.rewards.score
         self.advantage = find_advantage(config.loss.advantage or "std")
         self.form = config.loss.make()
         self.callbacks = [find_callback(name) for name in config.run.callbacks]
@@ -116,7 +118,7 @@ class Experiment:
             if shapes.localize is None
             else make_localizer(config, shapes, task, policy, self.mesh),
             draw={"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k},
-            score=task.score if self.rewards is None else self.rewards.score,
+            score=self.score,
             failed_below=config.task.failed_below,
             write=steps_writer(
                 task,
@@ -236,20 +238,13 @@ class Experiment:
     def set_advantages(self, groups: Sequence[Group]) -> None:
         """Fills in the advantages that the config's section `loss` asks for."""
         loss = self.config.loss
-        set_advantages(
-            groups,
-            scale=self.advantage,
-            size=self.shapes.sets,
-            cut_penalty=loss.overlong_penalty,
-            mask_cut=loss.overlong == "mask",
-        )
-        if loss.credit == "steps" and isinstance(self.advantage, str):
-            credit_steps(
-                groups,
-                scale=self.advantage,
-                cut_penalty=loss.overlong_penalty,
-                mask_cut=loss.overlong == "mask",
-            )
+        cut: dict[str, Any] = {
+            "cut_penalty": loss.overlong_penalty,
+            "mask_cut": loss.overlong == "mask",
+        }
+        set_advantages(groups, scale=self.advantage, size=self.shapes.sets, **cut)
+        if loss.credit == "steps":
+            credit_steps(groups, **cut)
 
     def learn(self, groups: Iterable[Group]) -> dict[str, float]:
         """Learns from groups that have advantages, which ends the step; returns metrics of the update.
@@ -308,7 +303,7 @@ class Experiment:
                 self.policy if policy is None else policy,
                 prompts,
                 self.sampler,
-                self.collector.score or self.task.score,
+                self.score,
                 self.decode,
                 batch=e.batch,
                 seed=config.seed,
@@ -339,7 +334,7 @@ class Experiment:
             problems = [prompts[g].problem for g in groups]
             texts = map(self.decode, responses)
             items = list(zip(problems, texts, strict=True))
-            return score_together(self.collector.score or self.task.score, items).rewards
+            return score_together(self.score, items).rewards
 
         return score
 
