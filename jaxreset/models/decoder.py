@@ -44,7 +44,7 @@ from jaxreset.models.windows import (
     View,
     existing,
     of_layer,
-    place_of,
+    standing_of,
     turns_of,
     view_of_layer,
     windowed_layers,
@@ -230,9 +230,11 @@ class Decoder(nnx.Module):
         (_, own), _ = self._scan(layer, start, remat=remat)
         return self.norm(own)
 
-    def place(self, slots: Array, prefix_lengths: Array, size: int, prefix_size: int) -> Standing:
+    def standing(
+        self, slots: Array, prefix_lengths: Array, size: int, prefix_size: int
+    ) -> Standing:
         """Of tokens in the own `slots` `[N, K]` of rows with `size` of them, behind `prefix_size` slots."""
-        return place_of(self.config, slots, prefix_lengths, size, prefix_size)
+        return standing_of(self.config, slots, prefix_lengths, size, prefix_size)
 
     def decode(
         self,
@@ -241,7 +243,7 @@ class Decoder(nnx.Module):
         prefix: Store,
         prefix_lengths: Array,
         suffix: Store,
-        place: Standing | None = None,
+        standing: Standing | None = None,
         attend: Attend = shared_prefix_attention,
     ) -> tuple[Array, Store]:
         """One decoding step for K rows of N groups.
@@ -252,7 +254,7 @@ class Decoder(nnx.Module):
           prefix: keys and values shared by a group's rows, `[L, N, ...]` with P slots.
           prefix_lengths: `[N]` int, slots of `prefix` that exist.
           suffix: the rows' own keys and values, `[L, N, K, ...]` with S slots.
-          place: of the slots. A loop that carries it keeps it from being computed in every layer.
+          standing: of the slots. A loop that carries it keeps it from being computed in every layer.
           attend: the attention, as over one device or over several.
 
         Returns:
@@ -260,7 +262,7 @@ class Decoder(nnx.Module):
         """
         size = suffix[0].keys.shape[-1]
         prefix_size = prefix[0].keys.shape[-1]
-        here = place or self.place(slots, prefix_lengths, size, prefix_size)
+        here = standing or self.standing(slots, prefix_lengths, size, prefix_size)
         whole = View(here.turn, here.mask, existing(prefix_lengths, prefix_size))
         group, row = jnp.indices(tokens.shape)
 

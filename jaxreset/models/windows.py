@@ -88,20 +88,20 @@ def chosen(windowed: Array, whole: Choice, inside: Choice) -> Choice:
     return jax.tree.map(functools.partial(jnp.where, windowed), inside, whole)
 
 
-def place_of(
+def standing_of(
     config: DecoderConfig, slots: Array, prefix_lengths: Array, size: int, prefix_size: int
 ) -> Standing:
     """Of tokens in the own `slots` `[N, K]` of rows with `size` of them, behind `prefix_size` slots."""
     positions = (prefix_lengths[:, None] + slots)[..., None]
     whole, inside = turns_of(config, positions)
-    place = Standing(whole, (jnp.arange(size) <= slots[..., None])[:, :, None])
+    standing = Standing(whole, (jnp.arange(size) <= slots[..., None])[:, :, None])
     if not any(config.windowed):
-        return place
+        return standing
     window = config.window or NO_WINDOW
-    own = place.mask & within(window, slots[..., None], jnp.arange(size))
+    own = standing.mask & within(window, slots[..., None], jnp.arange(size))
     near = within(window, positions, jnp.arange(prefix_size))
     seen = existing(prefix_lengths, prefix_size) & near
-    return place._replace(inside=View(inside, own, seen))
+    return standing._replace(inside=View(inside, own, seen))
 
 
 def existing(lengths: Array, size: int) -> Array:

@@ -195,8 +195,8 @@ def _decode(
     def able(drawn: Drawn) -> Array:
         return (drawn.reasons == StopReason.RUNNING) & (drawn.lengths < window)
 
-    def place(lengths: Array) -> Standing:
-        return model.place(lengths, lanes.prefix_lengths - 1, window, shared[0].keys.shape[-1])
+    def standing(lengths: Array) -> Standing:
+        return model.standing(lengths, lanes.prefix_lengths - 1, window, shared[0].keys.shape[-1])
 
     def numbers(drawn: Drawn) -> Array:
         """Random numbers of the next tokens, `[DRAWN_AHEAD, M, K, 2]`; a lane that can go on goes on."""
@@ -261,7 +261,7 @@ def _decode(
             reasons=keep(reason, drawn.reasons),
             steps=drawn.steps + 1,
         )
-        return drawn, own, place(lengths), ahead
+        return drawn, own, standing(lengths), ahead
 
     zeros = jnp.zeros((*shape, window), jnp.promote_types(head.dtype, jnp.float32))
     start = Drawn(
@@ -274,6 +274,6 @@ def _decode(
         reasons=jnp.where(lanes.live, StopReason.RUNNING, StopReason.LENGTH),
         steps=jnp.int32(0),
     )
-    state = start, own, place(lanes.lengths), jnp.zeros((DRAWN_AHEAD, *shape, 2), zeros.dtype)
+    state = start, own, standing(lanes.lengths), jnp.zeros((DRAWN_AHEAD, *shape, 2), zeros.dtype)
     drawn, own, _, _ = jax.lax.while_loop(going_on, step, state)
     return drawn, own
