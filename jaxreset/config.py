@@ -64,8 +64,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        self.make_objective()
-        self._check_task()
+        self._check_task(self.make_objective())
         if self.train.prompts_per_step % self.minibatch_prompts:
             raise ValueError(
                 f"train.prompts_per_step {self.train.prompts_per_step} is not divisible by "
@@ -100,7 +99,7 @@ class Config(Section):
             )
         return self
 
-    def _check_task(self) -> None:
+    def _check_task(self, objective: Objective) -> None:
         """That the task has what the other sections ask of it."""
         name, task = self.task.name, find_task(self.task.name)
         own = name not in TASKS
@@ -131,7 +130,7 @@ class Config(Section):
                 "task.mistakes=0: a warm start shows solutions with mistakes to localise; give some, "
                 "such as 0.08"
             )
-        if self.reset.rule == "oracle" and not tells_wrong_steps(task):
+        if objective.rule == "oracle" and not tells_wrong_steps(task):
             raise ValueError(
                 f"reset.rule=oracle: task.name={name} can't tell the first wrong step; use chain, or "
                 "another rule"

@@ -54,4 +54,8 @@ def by_name(rewards: Any) -> Any:
         )
     if rewards is None:
         return None
+    if not rewards or "mean" in rewards:
+        raise ValueError(
+            f"{rewards!r:.80}: expected at least one reward, and none called mean: reward/mean is their sum"
+        )
     return {n: {"function": r} if isinstance(r, str) else r for n, r in rewards.items()}

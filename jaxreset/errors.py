@@ -13,6 +13,10 @@ class RunError(RuntimeError):
     """A run that can't go on; what it saved so far stays, and the message says what to change."""
 
 
+class CallbackError(RunError):
+    """A callback that raised; the step that it was called after is finished, and saved."""
+
+
 class PreemptedError(RunError):
     """A run that was asked to end, and has saved itself; the same command goes on.
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from jaxreset import Experiment, Objective, Task, extensions, open_run, train
-from jaxreset.config_file import load_config, parse_config
-from jaxreset.errors import ConfigError, RunError
+from jaxreset.config_file import dump_config, load_config, parse_config
+from jaxreset.errors import CallbackError, ConfigError, PreemptedError
 from jaxreset.models.adapters import trained
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -139,7 +139,7 @@ def test_six_files_named_in_a_config_train_and_as_objects_give_the_same(house, t
 
 def test_a_run_says_what_it_cannot_find(house, tmp_path, monkeypatch):
     config = tiny(tmp_path)
-    (tmp_path / "config.yaml").write_text(__import__("jaxreset").config_file.dump_config(config))
+    (tmp_path / "config.yaml").write_text(dump_config(config))
     assert open_run(tmp_path).config.reset.rule == "last_step:last_step"
     for name in NAMES:
         sys.modules.pop(name)
@@ -167,6 +167,10 @@ def shapeless(rewards, *, where): return rewards.sum()
 def numpied(rewards, *, where): return float(rewards[0, 0])
 def summed(logps, advantages, mask, *, behavior_logps): return logps.sum()
 def narrow(logps, advantages): return logps
+TOLD = __import__("jaxreset").Objective("oracle", base=4, resets=1, branches=4)
+class Fine:
+    def prompt(self, problem): return "?"
+    def score(self, items): return [0.0 for _ in items]
 class NoScore:
     def prompt(self, problem): return "?"
 class Needy:
@@ -204,6 +208,12 @@ WRONG = [
     (
         "task.reward=[wrong_ways:unnamed]",
         "expected an import path, or rewards by names of your own",
+    ),
+    ("task.reward={}", "expected at least one reward"),
+    ("task.reward={mean: task}", "none called mean: reward/mean is their sum"),
+    (
+        "objective=wrong_ways:TOLD data.path=x task.name=wrong_ways:Fine",
+        "reset.rule=oracle: task.name=wrong",
     ),
     ("task.name=chian", "task.name: no task is called 'chian'; did you mean 'chain'?"),
     (
@@ -282,7 +292,7 @@ def test_each_wrong_way_is_refused(wrong_ways, monkeypatch, overrides, said):
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_objects_are_checked_as_names_are(handed, said):
-    with pytest.raises(ConfigError, match=None) as refused:
+    with pytest.raises(ConfigError) as refused:
         Experiment(parse_config({}), **handed)
     assert said in str(refused.value)
 
@@ -293,6 +303,39 @@ def test_objects_without_a_name_are_told_apart():
     assert paths[0] == paths[2] != paths[1]
     assert [extensions.load(path) for path in paths] == [first, second, first]
     assert extensions.hand_over(test_objects_without_a_name_are_told_apart).endswith("_apart")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_in_haste")
+def test_a_callback_costs_no_finished_step(tmp_path, monkeypatch):
+    """One that raises, and one that stops a run that is asked to end before its last evaluation."""
+    config = plain(tmp_path, "checkpoint.every_steps=100", "train.steps=9", "warm_start.steps=0")
+    seen = []
+
+    def watch(record, experiment):
+        seen.append(record["step"])
+        if seen == [1, 2]:
+            raise KeyError("a slip")
+        if record["step"] == 3:
+            experiment.stop("enough")
+
+    with pytest.raises(CallbackError, match=r"watch raised KeyError after step 2: 'a slip'"):
+        train(config, callbacks=[watch])
+    assert open_run(tmp_path).steps == [0, 2]
+    evaluate = Experiment.evaluate
+
+    def asked_to_end(*args):
+        raise PreemptedError("SIGTERM")
+
+    monkeypatch.setattr(Experiment, "evaluate", asked_to_end)
+    with pytest.raises(PreemptedError):
+        train(config, callbacks=[watch])
+    assert open_run(tmp_path).steps[-1] == 3
+    monkeypatch.setattr(Experiment, "evaluate", evaluate)
+    last = train(config, callbacks=[watch]).history[-1]
+    assert (last["step"], last["stopped"]) == (3, "enough")
+    assert "eval/accuracy" in last
+    assert seen == [1, 2, 3]
 
 
 def test_the_summary_says_why_a_run_ended_early(tmp_path):
@@ -319,7 +362,7 @@ def test_a_callback_that_raises_ends_the_run_by_its_name(tmp_path):
 
     experiment = SimpleNamespace(callbacks=[broken], stopped=None)
     with pytest.raises(
-        RunError, match=r"callback .*broken raised KeyError after step 4: 'accuracy'"
+        CallbackError, match=r"callback .*broken raised KeyError after step 4: 'accuracy'"
     ):
         call_back(experiment, {"step": 4})
 

@@ -16,6 +16,7 @@ from scipy import stats
 from scripted import CHAIN_TOKENIZER, PROBLEMS, TASK, ScriptedRounds, encode, planted
 
 from jaxreset.config_file import parse_config
+from jaxreset.errors import RunError
 from jaxreset.models.encoding import question_tokens
 from jaxreset.resets.localize import PolicyLocalizer, ScoringLocalizer
 from jaxreset.resets.objectives import Objective, make_objective
@@ -447,7 +448,7 @@ def test_demo_shows_half_then_more_or_less_by_outcomes():
 def test_demo_needs_a_reference_solution():
     made = failure(task=MathTask())
     with pytest.raises(
-        ValueError, match=r"reset\.rule=demo: the task 'math' has no reference solution"
+        RunError, match=r"reset\.rule=demo: the task 'math' has no reference solution"
     ):
         apply_rule(RULES["demo"], [made], never_ask)
     solved = Problem("p", "?", "6", solution="3 + 3 = 6.\n\nSo 6.\n#### 6")
@@ -499,5 +500,5 @@ def test_matched_keeps_to_shares_of_a_rollouts_steps(lengths, data):
     ],
 )
 def test_what_a_rule_gives_is_checked(rule, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(RunError, match=said):
         apply_rule(rule, [failure(), failure(row=1)], never_ask)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxreset import extensions
+from jaxreset.errors import RunError
 from jaxreset.tasks.base import Problem, Task
 from jaxreset.tasks.localization import parse_answer
 
@@ -132,13 +133,13 @@ def demonstrated_step(failures: Sequence[Failure], write: Write) -> list[Written
     `reset.rungs` (a curriculum from demonstrations: R3, arXiv 2402.05808; AdaBack, arXiv 2506.18110).
 
     Raises:
-      ValueError: the task has no reference solution of a problem.
+      RunError: the task has no reference solution of a problem.
     """
     starts = []
     for f in failures:
         reference = f.task.reference(f.problem)
         if not reference:
-            raise ValueError(
+            raise RunError(
                 f"reset.rule=demo: the task {f.task.name!r} has no reference solution of problem "
                 f"{f.problem.id!r}; use data with solutions, or another rule"
             )
@@ -213,7 +214,7 @@ def apply_rule(rule: ResetRule, failures: Sequence[Failure], ask: Ask) -> list[i
     """What the rule says of each failure: a step of it, or steps that are written in.
 
     Raises:
-      ValueError: it gives another number of steps than there are failures, or one that a rollout hasn't.
+      RunError: it gives another number of steps than there are failures, or one that a rollout hasn't.
     """
 
     def write(steps: Sequence[str]) -> Written:
@@ -223,11 +224,11 @@ def apply_rule(rule: ResetRule, failures: Sequence[Failure], ask: Ask) -> list[i
     chosen = list(rule(failures, **{name: given[name] for name in needs_of(rule)}))
     name = extensions.path_of(rule)
     if len(chosen) != len(failures):
-        raise ValueError(f"{name} gave {len(chosen)} steps for {len(failures)} failures; one each")
+        raise RunError(f"{name} gave {len(chosen)} steps for {len(failures)} failures; one each")
     for step, failure in zip(chosen, failures, strict=True):
         whole = isinstance(step, int | np.integer) and not isinstance(step, bool)
         if not isinstance(step, Written) and not (whole and 1 <= step <= len(failure.steps)):
-            raise ValueError(
+            raise RunError(
                 f"{name} gave {step!r} for a rollout of {len(failure.steps)} steps; expected an integer "
                 "from 1 to that number, or what write(...) returns"
             )

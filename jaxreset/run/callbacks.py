@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxreset import extensions
-from jaxreset.errors import ConfigError, PreemptedError, RunError
+from jaxreset.errors import CallbackError, RunError
 from jaxreset.parallel.processes import gather
 from jaxreset.run.experiment import Experiment
 
@@ -22,15 +22,15 @@ def call_back(experiment: Experiment, record: dict[str, Any]) -> None:
     """Calls all callbacks; where one ended the run, the record says so.
 
     Raises:
-      RunError: a callback raised; it is named.
+      CallbackError: a callback raised; it is named.
     """
     for callback in experiment.callbacks:
         try:
             callback(record, experiment)
-        except (RunError, ConfigError, PreemptedError):
+        except RunError:  # it used the experiment, which has its own word on what went wrong
             raise
         except Exception as error:
-            raise RunError(
+            raise CallbackError(
                 f"the callback {extensions.path_of(callback)} raised {type(error).__name__} after step "
                 f"{record['step']}: {error}. Mend it, and start the same command again"
             ) from error

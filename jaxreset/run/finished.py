@@ -14,10 +14,11 @@ from jaxreset.errors import ConfigError
 from jaxreset.models.adapters import rounding_loss, trained
 from jaxreset.models.policy import Policy
 from jaxreset.parallel.processes import is_leader, wait_for_all
-from jaxreset.run.checkpoints import Checkpoints
+from jaxreset.run.checkpoints import Checkpoints, saved_steps
 from jaxreset.run.compiles import kept_programs
 from jaxreset.run.experiment import Experiment
 from jaxreset.run.folder import RunFolder
+from jaxreset.run.parts import adapted
 from jaxreset.run.saved_arrays import abstract, load_params
 
 logger = logging.getLogger(__name__)
@@ -101,12 +102,34 @@ def _warn_of_rounding(loss: float, dtype: str) -> None:
         )
 
 
-def started_from(experiment: Experiment, folder: RunFolder) -> Policy:
-    """The policy that training started from, where that can still be told."""
-    policy = experiment.start_policy
+def started_from(folder: RunFolder, policy: Policy, mesh: jax.sharding.Mesh | None) -> Policy:
+    """What training started from, where that can still be told; `policy`: as its config makes it."""
     if folder.start.is_dir():
         policy = policy.with_params(load_params(folder.start, policy.params), policy.version)
-    return experiment.adapted(policy)
+    return adapted(folder.config, policy, mesh)
+
+
+def trained_to(
+    folder: RunFolder, policy: Policy, *, step: int | None = None, keep: bool = False
+) -> tuple[int, Policy]:
+    """The policy of a checkpoint, and its step; only parameters are read.
+
+    Args:
+      folder: of the run.
+      policy: that training started from; its trained parameters are let go first, as there may not be room
+        for both, unless it is to be kept.
+      step: of the checkpoint; None: the newest that is whole.
+      keep: see `policy`.
+    """
+    start, frozen = trained(policy.params)
+    like = abstract(start, wide=True)
+    if not keep:
+        for leaf in jax.tree.leaves(start):
+            leaf.delete()
+    checkpoints = Checkpoints(folder.checkpoints, folder.config.checkpoint)
+    params, progress = checkpoints.restore_params(like, step=step)
+    params = nnx.merge_state(params, frozen)
+    return progress.step, policy.with_params(params, progress.version)
 
 
 def _latest(
@@ -117,21 +140,15 @@ def _latest(
     Of the checkpoint only parameters are read, in place of those that training started from, unless these
     are to be kept and can be told; adapters start from nothing that counts.
     """
-    config, policy = experiment.config, started_from(experiment, folder)
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
-    if not checkpoints.any():
+    config = experiment.config
+    policy = started_from(folder, experiment.start_policy, experiment.mesh)
+    if not saved_steps(folder.checkpoints):
         if config.model.path is None:
             raise ConfigError(
                 f"run.dir {config.run.dir} holds no checkpoint, and model.path is null; train first"
             )
         return 0, policy, None
-    start, frozen = trained(policy.params)
-    like = abstract(start, wide=True)
     known = not config.warm_start.steps or folder.start.is_dir()
-    kept = start if keep_start and known and policy.config.lora is None else None
-    if kept is None:
-        for leaf in jax.tree.leaves(start):
-            leaf.delete()  # there may not be room for both
-    params, progress = checkpoints.restore_params(like)
-    params = nnx.merge_state(params, frozen)
-    return progress.step, policy.with_params(params, progress.version), kept
+    keep = keep_start and known and policy.config.lora is None
+    start = trained(policy.params)[0] if keep else None
+    return *trained_to(folder, policy, keep=keep), start

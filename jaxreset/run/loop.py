@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxreset.config import Config
 from jaxreset.disk import naming_full_disk
-from jaxreset.errors import PreemptedError
+from jaxreset.errors import CallbackError, PreemptedError
 from jaxreset.groups import Group
 from jaxreset.learning.learner import Learner
 from jaxreset.models.policy import Policy
@@ -26,7 +26,7 @@ from jaxreset.reporting.display import Display
 from jaxreset.reporting.report import write_report
 from jaxreset.reporting.trackers import Trackers
 from jaxreset.run.callbacks import call_back
-from jaxreset.run.checkpoints import Checkpoints
+from jaxreset.run.checkpoints import ACCURACY, Checkpoints
 from jaxreset.run.compiles import LARGE_PROCESS, compiles, kept_programs, trim
 from jaxreset.run.endings import explained, is_out_of_memory, save_finished
 from jaxreset.run.experiment import Experiment
@@ -138,7 +138,7 @@ def _prepare(
         with preemption.ending_at_once():
             policy = _warm_start(experiment, folder, display)
     else:
-        policy = started_from(experiment, folder)
+        policy = started_from(folder, experiment.start_policy, experiment.mesh)
 
     def on_nonfinite(step: int, groups: list[Group]) -> None:
         folder.save_nonfinite(step, [_group_record(g, experiment.decode) for g in groups])
@@ -190,10 +190,10 @@ def _loop(
     alarms.start(learner.policy.eos_ids)
     finished = learner.state, learner.progress
     try:
-        if late := _evaluate_late(experiment, learner, folder, trackers, display):
-            alarms.note(late)
         ended = folder.history()[-1:]
         experiment.stopped = ended[0].get("stopped") if ended else None
+        if late := _evaluate_late(experiment, learner, folder, trackers, display):
+            alarms.note(late)
         while learner.progress.step < config.train.steps and experiment.stopped is None:
             experiment.collector.interrupt()
             step = learner.progress.step + 1
@@ -205,7 +205,7 @@ def _loop(
                 if _evaluated(config, step):
                     record |= experiment.evaluate(learner.policy, step)
                 call_back(experiment, record)
-                if experiment.stopped is not None and not _evaluated(config, step):
+                if experiment.stopped is not None and ACCURACY not in record:
                     record |= experiment.evaluate(learner.policy, step)
             finally:
                 record["compiles"] = compiles()
@@ -217,6 +217,9 @@ def _loop(
                 _save(checkpoints, learner, record)
     except PreemptedError:
         checkpoints.save(learner.state, learner.progress)
+        raise
+    except CallbackError:
+        save_finished(checkpoints, *finished)
         raise
     except jax.errors.JaxRuntimeError as error:
         if is_out_of_memory(error):
@@ -233,7 +236,8 @@ def _evaluate_late(
 ) -> dict[str, Any] | None:
     """Evaluates the step that the run starts or goes on from, if that is still to be done."""
     step = learner.progress.step
-    missing = _evaluated(experiment.config, step) and is_leader() and not folder.evaluated(step)
+    due = _evaluated(experiment.config, step) or experiment.stopped is not None
+    missing = due and is_leader() and not folder.evaluated(step)
     if not any_process(missing):
         return None
     record = {"step": step, **experiment.evaluate(learner.policy, step)}
@@ -276,6 +280,8 @@ def _group_record(group: Group, decode: Callable[[np.ndarray], str]) -> dict[str
         "behavior_logps": [x.tolist() for x in group.behavior_logps],
         "rewards": group.rewards.tolist(),
         "advantages": group.advantages.tolist(),
+        "token_advantages": group.token_advantages
+        and [values.tolist() for values in group.token_advantages],
     }
 
 

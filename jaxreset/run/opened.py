@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import jax
-from flax import nnx
 
 from jaxreset.config import Config
 from jaxreset.config_file import parse_config, saved_values
 from jaxreset.errors import ConfigError
 from jaxreset.json_text import loads
-from jaxreset.models.adapters import trained
 from jaxreset.models.policy import Policy
 from jaxreset.planning.shapes import choose_mesh
-from jaxreset.run.checkpoints import Checkpoints, saved_steps
+from jaxreset.run.checkpoints import saved_steps
+from jaxreset.run.finished import started_from, trained_to
 from jaxreset.run.folder import RunFolder, read_metrics
-from jaxreset.run.parts import adapted, starting_policy
-from jaxreset.run.saved_arrays import abstract, load_params
+from jaxreset.run.parts import starting_policy
 
 
 class OpenRun:
@@ -65,8 +60,8 @@ class OpenRun:
     @property
     def tree_steps(self) -> list[int]:
         """Steps whose reset trees are there."""
-        names = (file.stem for file in (self.path / "rollouts").glob("step_*.jsonl"))
-        return sorted(int(re.sub(r"\D", "", name)) for name in names)
+        files = (self.path / "rollouts").glob("step_*.jsonl")
+        return sorted(int(file.stem.removeprefix("step_")) for file in files)
 
     def trees(self, step: int | None = None) -> list[dict[str, Any]]:
         """The reset trees of a step, one a prompt; None: of the latest.
@@ -82,7 +77,7 @@ class OpenRun:
         return [loads(line) for line in file.read_text().splitlines()]
 
     def policy(self, step: int | None = None) -> Policy:
-        """The policy after a step that has a checkpoint; None: the latest; 0 is the start.
+        """The policy after a step that has a checkpoint; None: the latest.
 
         Raises:
           ConfigError: there is no such checkpoint.
@@ -92,21 +87,11 @@ class OpenRun:
         step = known[-1] if step is None and known else step
         if step not in known:
             raise ConfigError(f"{self.path}: no checkpoint of step {step}; there are {known}")
-        config = self.config
-        mesh = choose_mesh(config)
+        mesh = choose_mesh(self.config)
         spread = mesh if mesh.size > 1 else None
-        policy = starting_policy(config, spread)
-        folder = RunFolder(config)
-        if folder.start.is_dir():
-            policy = policy.with_params(load_params(folder.start, policy.params), 0)
-        policy = adapted(config, policy, spread)
-        start, frozen = trained(policy.params)
-        like = abstract(start, wide=True)
-        for leaf in jax.tree.leaves(start):
-            leaf.delete()  # there may not be room for both
-        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
-        params, progress = checkpoints.restore_params(like, step=step)
-        return policy.with_params(nnx.merge_state(params, frozen), progress.version)
+        folder = RunFolder(self.config)
+        start = started_from(folder, starting_policy(self.config, spread), spread)
+        return trained_to(folder, start, step=step)[1]
 
 
 def open_run(path: str | Path) -> OpenRun:

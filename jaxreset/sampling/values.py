@@ -58,7 +58,7 @@ def step_values(
     Args:
       policy: whose continuations are drawn; the one that drew the round.
       sampler: that drew the round, without fixed `shapes` or with `forks` of `branches` rows from it.
-      round_: of N groups of K rows; its responses have at least no step, and what is cut counts as one.
+      round_: of N groups of K rows; a row without a step has no values.
       score: (groups, responses) -> rewards: numbers of groups, token ids after their prompts.
       branches: continuations of each state.
       stream: names the random numbers; None: the round's own, in another phase.
