@@ -15,6 +15,8 @@ from jaxreset import Experiment, Objective, Task, extensions, open_run, train
 from jaxreset.config_file import dump_config, load_config, parse_config
 from jaxreset.errors import CallbackError, ConfigError, PreemptedError
 from jaxreset.models.adapters import trained
+from jaxreset.run.compiles import compiles
+from jaxreset.tasks.base import Problem
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HOUSE = EXAMPLES / "open_house.yaml"
@@ -307,6 +309,68 @@ def test_objects_without_a_name_are_told_apart():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_in_haste")
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        (
+            "objective=ladder reset.rule=demo reset.rungs=2 reset.when=any_failure loss.credit=steps",
+            "written",
+        ),
+        (
+            "objective=ladder reset.rule=bisect reset.rungs=2 reset.when=any_failure loss.credit=steps",
+            "drawn",
+        ),
+        ("objective=rrpo reset.rule=matched loss.advantage=loo", "drawn"),
+        ("objective=srpo reset.rule=entropy reset.when=few_failed loss.advantage=mean", "drawn"),
+    ],
+    ids=lambda x: x.partition("rule=")[2].partition(" ")[0],
+)
+def test_rules_run_on_the_real_sampler_and_nothing_compiles_later(tmp_path, overrides, kept):
+    """A fifth of the responses succeed at random, or where failures are to be few fail."""
+    quickstart = EXAMPLES.parent / "configs" / "quickstart.yaml"
+    config = load_config(
+        quickstart,
+        [*TINY.split(), "warm_start.steps=0", f"run.dir={tmp_path}", *overrides.split()],
+    )
+
+    def hard(problems, responses):
+        few = config.reset.when == "few_failed"
+        return [float((len(text) % 5 == 0) != few) for text in responses]
+
+    with Experiment(config, reward={"hard": hard}) as experiment:
+        experiment.compile()
+        experiment.evaluate()
+        before, met = compiles(), 0
+        for _ in range(3):
+            groups = experiment.collect(experiment.prompts())
+            learnt = experiment.learn(groups)
+            resets = [g for g in groups if g.reset_step is not None]
+            met += len(resets)
+            if kept == "written":
+                for group in resets:
+                    problem = next(
+                        p for p in groups.trees[group.prompt]["question"].split("\n") if p
+                    )
+                    prompt, _, shown = experiment.decode(group.prefix).partition("\n")
+                    solution = experiment.task.solution(Problem("p", problem, ""))
+                    assert prompt == problem
+                    assert shown.split() == solution[: group.reset_step - 1]
+                    assert group.parent is None
+            else:
+                assert all(group.parent is not None for group in resets)
+            if config.loss.credit == "steps" and kept == "drawn":
+                credited = [g for g in groups if g.token_advantages is not None]
+                assert {id(g) for g in credited} == {
+                    id([h for h in groups if h.prompt == g.prompt][g.parent[0]]) for g in resets
+                }
+            assert np.isfinite(learnt["loss"])
+            assert learnt["groups/with_signal"] > 0
+        assert compiles() == before
+        assert met > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_in_haste")
 def test_a_callback_costs_no_finished_step(tmp_path, monkeypatch):
     """One that raises, and one that stops a run that is asked to end before its last evaluation."""
     config = plain(tmp_path, "checkpoint.every_steps=100", "train.steps=9", "warm_start.steps=0")
@@ -381,8 +445,6 @@ def together(problems, responses): return [float(os.getpid())] * len(responses)
 
 def test_a_reward_runs_in_processes_of_its_own_under_the_deadline(tmp_path, monkeypatch):
     import os
-
-    from jaxreset.tasks.base import Problem
 
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(tmp_path)
