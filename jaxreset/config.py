@@ -12,10 +12,9 @@ from typing import Any, TypeVar, get_args
 from pydantic import Field, model_validator
 
 from jaxreset import extensions
+from jaxreset.config_names import Section
 from jaxreset.config_sections import (
     Checkpoint,
-    Data,
-    Eval,
     Loss,
     Mesh,
     Model,
@@ -23,11 +22,9 @@ from jaxreset.config_sections import (
     Reset,
     Run,
     Sampling,
-    Section,
-    TaskConfig,
     Train,
-    WarmStart,
 )
+from jaxreset.config_tasks import Data, Eval, TaskConfig, WarmStart
 from jaxreset.learning.settings import LearnerSettings
 from jaxreset.losses import Scale
 from jaxreset.resets.objectives import Method, Objective, make_objective
@@ -116,6 +113,11 @@ class Config(Section):
             )
         if self.data.path is None and not makes_problems(task):
             raise ValueError(f"data.path is null, but task.name={name} needs problems: name a file")
+        if name == "chain" and (self.task.delimiter or self.task.answer_marker):
+            raise ValueError(
+                "task.delimiter and task.answer_marker: task.name=chain writes one step a line and its answer in "
+                "\\boxed{}; leave them out"
+            )
         if name == "math" and self.model.path is None:
             raise ValueError(
                 "model.path is null, but task.name=math needs a pretrained policy: name a folder"

@@ -96,6 +96,7 @@ def saved_values(path: Path) -> dict[str, Any]:
         ) from error
     if not text.startswith(DUMPED) or not isinstance(values, dict):
         raise ConfigError(f"{path} isn't a run's config; name another run.dir")
+    values = _as_then(values)
     try:
         return Config.model_validate(values).resolved().model_dump(mode="json")
     except ValidationError as error:
@@ -108,6 +109,15 @@ def saved_values(path: Path) -> dict[str, Any]:
         )
     # What was allowed then and isn't now is to be compared all the same.
     return _over(Config().resolved().model_dump(mode="json"), values)
+
+
+def _as_then(values: dict[str, Any]) -> dict[str, Any]:
+    """With what an older version did where it had no key for it, and the default is another now."""
+    task = values.get("task")
+    if not isinstance(task, dict) or "chat" in task:
+        return values
+    raw = {"chat": "raw"} | ({"delimiter": "</thought>"} if task.get("name") == "math" else {})
+    return values | {"task": raw | task}
 
 
 def _over(defaults: Any, values: Any) -> Any:

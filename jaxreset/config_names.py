@@ -1,16 +1,27 @@
-"""Names in a config that stand for what may come from outside: each is found when it is read."""
+"""What a section of a config is, and names in it that stand for what may come from outside.
+
+Each name is found when it is read.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from jaxreset import extensions
 from jaxreset.learning.form import find_advantage, find_form
 from jaxreset.resets.rules import find_rule
 from jaxreset.tasks.classes import find_task
 from jaxreset.tasks.rewards import find_reward
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 def _named(find: Any) -> AfterValidator:

@@ -1,17 +1,14 @@
-"""The sections of a config file, each with its keys, their defaults and what each may be.
+"""The sections of a config about the policy, rollouts, losses and the run, each with its keys, their
+defaults and what each may be; `config_tasks` has those about what is learnt.
 
 `config` puts them together, and checks what goes with what.
 """
 
 from __future__ import annotations
 
-import datetime
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -20,32 +17,12 @@ from pydantic import (
     model_validator,
 )
 
-from jaxreset import extensions
-from jaxreset.config_names import (
-    AdvantageName,
-    CallbackName,
-    FormName,
-    RewardName,
-    RuleName,
-    TaskName,
-    by_name,
-)
+from jaxreset.config_names import AdvantageName, CallbackName, FormName, RuleName, Section
 from jaxreset.learning.form import LossForm, find_form
 from jaxreset.learning.settings import AdamW, Schedule
 from jaxreset.losses import Aggregation, KLEstimator
 from jaxreset.models.lora import LINEAR, LoRA, Target
 from jaxreset.resets.objectives import When
-from jaxreset.tasks.base import Task
-from jaxreset.tasks.classes import complete_object, find_task
-from jaxreset.tasks.rewards import Rewards, Weighted, find_reward
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, and unknown keys are refused."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
-    )
 
 
 class FreshModel(Section):
@@ -92,85 +69,6 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     fresh: FreshModel = FreshModel()
     lora: LoRASection = LoRASection()
-
-
-class Reward(Section):
-    """One of several rewards."""
-
-    function: RewardName = Field(description="import path; task: the task's own verifier")
-    weight: float = 1.0
-
-
-# Keys of the section `task` that are arguments of ours.
-OWN_KEYS = {
-    "chain": ("min_terms", "max_terms", "modulus", "mistakes"),
-    "math": ("solve_prompt", "localize_prompt", "inline_prompt", "processes", "cpu_seconds"),
-}
-
-
-class TaskConfig(Section):
-    """What is learnt."""
-
-    name: TaskName = Field("chain", description="chain, math, or a class by its import path")
-    options: dict[str, Any] = Field({}, description="arguments of a class of your own")
-    reward: Annotated[dict[str, Reward] | None, BeforeValidator(by_name)] = Field(
-        None,
-        description="import path of a function, or several by names of your own; null: the task's own",
-    )
-    failed_below: float = Field(0.5, description="a reward under it is a failure")
-    min_terms: int = Field(3, ge=2, description="chain: fewest numbers in a sum")
-    max_terms: int = Field(8, le=9, description="chain: most numbers in a sum")
-    modulus: int = Field(10, ge=2, le=10, description="chain: sums are modulo this")
-    mistakes: float = Field(0.08, ge=0, lt=1, description="chain: errors in demonstrations")
-    solve_prompt: str | None = Field(None, description="math: template file of the prompt")
-    localize_prompt: str | None = Field(None, description="math: template file of the question")
-    inline_prompt: str | None = Field(
-        None, description="math: template file of the inline question"
-    )
-    processes: PositiveInt = Field(2, description="answer-checking processes")
-    cpu_seconds: PositiveFloat = Field(5.0, description="deadline of one answer")
-    date: datetime.date | None = Field(
-        None, description="what a chat template takes for today; null: the day of the run's start"
-    )
-    enable_thinking: bool | None = Field(
-        None, description="switch of chat templates that have one; null: left to the template"
-    )
-
-    def make(self) -> Task:
-        """The task; raises as its class does."""
-        if extensions.handed_over(self.name):
-            return complete_object(extensions.load(self.name))
-        keys = OWN_KEYS.get(self.name, ())
-        arguments = {key: getattr(self, key) for key in keys}
-        return find_task(self.name)(**self.options, **arguments)
-
-    def make_rewards(self, task: Task) -> Rewards | None:
-        """What scores in place of the task; None: nothing does."""
-        if self.reward is None:
-            return None
-        parts = {
-            name: Weighted(find_reward(one.function), one.weight)
-            for name, one in self.reward.items()
-        }
-        return Rewards(task, parts, processes=self.processes, cpu_seconds=self.cpu_seconds)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> TaskConfig:
-        if self.min_terms > self.max_terms:
-            raise ValueError(
-                f"min_terms {self.min_terms} must not exceed max_terms {self.max_terms}"
-            )
-        return self
-
-
-class Data(Section):
-    """Problems. The chain task generates its own; `path` is for math."""
-
-    path: str | None = Field(None, description="JSONL or Parquet file, or a `datasets` name")
-    eval_path: str | None = Field(None, description="held-out problems; null: the end of `path`")
-    eval_size: PositiveInt = Field(500, description="held-out problems evaluated")
-    chain_size: PositiveInt = Field(100_000, description="chain: training problems")
-    overlong: Literal["drop", "refuse"] = Field("drop", description="prompts over the limit")
 
 
 class Sampling(Section):
@@ -324,26 +222,6 @@ class Train(Section):
     )
     remat: bool = Field(False, description="recompute activations in the backward pass")
     max_nonfinite: PositiveInt = Field(5, description="bad gradients in a row that end the run")
-
-
-class WarmStart(Section):
-    """Supervised steps before the first RL step, on demonstrations of the chain task."""
-
-    steps: NonNegativeInt = 0
-    batch: PositiveInt = 64
-    learning_rate: PositiveFloat = Field(2e-2, description="Muon's; Adam takes a tenth")
-
-
-class Eval(Section):
-    """Accuracy on held-out problems."""
-
-    every_steps: PositiveInt | None = Field(
-        None, description="null: before and after training only"
-    )
-    temperature: PositiveFloat = 1.0
-    top_p: float | None = Field(None, gt=0, le=1, description="null: sampling.top_p")
-    top_k: NonNegativeInt | None = Field(None, description="0 keeps all; null: sampling.top_k")
-    batch: PositiveInt = 128
 
 
 class Checkpoint(Section):

@@ -28,6 +28,7 @@ from jaxreset.resets.rules import Failure
 from jaxreset.run import folder as run_folder
 from jaxreset.run.folder import RunFolder
 from jaxreset.run.warm_start import demonstrations
+from jaxreset.tasks.asking import Asking
 from jaxreset.tasks.chain import ChainTask
 from jaxreset.tasks.pipeline import PromptSource, encode_prompts, fit_prompts
 
@@ -67,28 +68,37 @@ def questions(tokenizer):
     """Everything that a policy is asked to continue."""
     failure = Failure(TASK, PROBLEMS[0], ["a3=3", "b8=2"], (0, 0, 0, 0, 0))
     options = {"batch": 1, "question_limit": 99, "temperature": 0.3, "top_p": 1.0}
-    stream = PromptSource(PROBLEMS, TASK, tokenizer, seed=0)
-    solving = [*encode_prompts(PROBLEMS, TASK, tokenizer, range(3)), *stream.next(2)]
+    asking = Asking(TASK, tokenizer)
+    stream = PromptSource(PROBLEMS, asking, seed=0)
+    solving = [*encode_prompts(PROBLEMS, asking, range(3)), *stream.next(2)]
     yield from ((p.tokens, TASK.prompt(p.problem)) for p in solving)
     asked = TASK.localization(failure.problem, failure.steps)
-    yield PolicyLocalizer(None, **options)._encode(tokenizer, failure), asked
-    scoring = ScoringLocalizer(tokenizer, most_steps=2, **options)
-    yield scoring._encode(tokenizer, failure), asked
+    yield PolicyLocalizer(None, asking, **options)._encode(failure.problem, failure.steps), asked
+    scoring = ScoringLocalizer(asking, most_steps=2, **options)
+    yield scoring._encode(failure.problem, failure.steps), asked
 
 
 @pytest.mark.parametrize(("added", "chat"), list(itertools.product(ADDED, CHATS)))
 def test_prompts_have_one_beginning_and_no_end(added, chat):
     tokenizer = characters(ADDED[added], CHATS[chat])
-    for n, (tokens, text) in enumerate(questions(tokenizer)):
+    for tokens, text in questions(tokenizer):
         assert tokens.dtype == np.int32
-        chatted = n >= 5 and "BOS" in chat + "BOS" * (chat in ("with both", "twice"))
+        chatted = "BOS" in chat + "BOS" * (chat in ("with both", "twice"))
         begun = "<s>" if added in ("BOS", "both") or chatted else ""
         assert spelt(tokenizer, tokens) == begun + text
     inline = PolicyLocalizer(
-        None, batch=1, question_limit=9, inline=True, temperature=0, top_p=1
-    )._encode(tokenizer, Failure(TASK, PROBLEMS[0], ["a3=3"], (0, 0, 0, 0, 0)))
+        None,
+        Asking(TASK, tokenizer, chat="raw"),
+        batch=1,
+        question_limit=9,
+        inline=True,
+        temperature=0,
+        top_p=1,
+    )._encode(PROBLEMS[0], ["a3=3"])
     assert spelt(tokenizer, inline) == "?\n"  # it stands in the middle
-    answers = ScoringLocalizer(tokenizer, most_steps=2, batch=1, question_limit=9, temperature=0)
+    answers = ScoringLocalizer(
+        Asking(TASK, tokenizer), most_steps=2, batch=1, question_limit=9, temperature=0
+    )
     assert [spelt(tokenizer, row) for row in answers._weigher._answers] == [
         "\\boxed{1}",
         "\\boxed{2}",
@@ -130,12 +140,12 @@ def test_texts_that_begin_or_end_like_a_sequence():
 
 
 def test_the_longest_prompt_is_measured_as_it_is_asked():
-    tokenizer = characters("<s> $A </s>")
-    longest = max(len(p.tokens) for p in encode_prompts(PROBLEMS, TASK, tokenizer, range(3)))
-    kept, found = fit_prompts(list(PROBLEMS), TASK, tokenizer, longest, refuse=True)
+    asking = Asking(TASK, characters("<s> $A </s>"))
+    longest = max(len(p.tokens) for p in encode_prompts(PROBLEMS, asking, range(3)))
+    kept, found = fit_prompts(list(PROBLEMS), asking, longest, refuse=True)
     assert (len(kept), found.longest) == (3, longest)
     with pytest.raises(ValueError, match=f"max_prompt_tokens={longest - 1}"):
-        fit_prompts(list(PROBLEMS), TASK, tokenizer, longest - 1, refuse=True)
+        fit_prompts(list(PROBLEMS), asking, longest - 1, refuse=True)
 
 
 LLAMA = (

@@ -15,8 +15,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxreset.tasks.answers import answers_equal, is_gradable
+from jaxreset.tasks.fields import written_out
 from jaxreset.tasks.pipeline import read_problems
-from jaxreset.tasks.records import load_problems, read_file, written_out
+from jaxreset.tasks.records import load_problems, read_file
 
 
 def lines(path, *answers: str):

@@ -21,6 +21,7 @@ from jaxreset.resets.rules import Failure
 from jaxreset.run.compiles import compiles
 from jaxreset.sampling.rounds import Shape, Snapshot, StopRules, Stream
 from jaxreset.sampling.sampler import Sampler
+from jaxreset.tasks.asking import Asking
 
 DRAWN, ASKED = Shape(8, 4, 12, 24), Shape(4, 2, 44, 10)
 FRESH = ASKED._replace(groups=8)
@@ -119,7 +120,13 @@ def test_the_inline_localizer_asks_behind_each_attempt(policy64, sampler, automa
         question_tokens=8,
     )
     ask = PolicyLocalizer(
-        answering, batch=batch, question_limit=8, inline=True, temperature=0.9, top_p=1.0
+        answering,
+        Asking(echo, CHAIN_TOKENIZER),
+        batch=batch,
+        question_limit=8,
+        inline=True,
+        temperature=0.9,
+        top_p=1.0,
     )
     answers, tokens = ask(policy64, failures, ends)
     assert answers[4] == ""  # nine tokens, so not asked

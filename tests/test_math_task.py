@@ -43,6 +43,7 @@ ROOTS = {"problem": r"Solve $x^2 = 4$.", "solution": r"So $\boxed{\{-2, 2\}}$.",
 @pytest.fixture(scope="module")
 def task():
     math_task = MathTask(processes=2, cpu_seconds=2.0)
+    math_task.delimiter = "</thought>"
     yield math_task
     math_task.close()
 
@@ -420,7 +421,7 @@ def test_templates_of_ones_own(tmp_path):
     inline.write_text("Which of {count}, {N}?")
     own = MathTask(solve_prompt=solve, localize_prompt=str(localize), inline_prompt=inline)
     problem = Problem("p", "x?", "1")
-    assert own.prompt(problem) == "Q: x? \\boxed{N} </thought>"
+    assert own.prompt(problem) == own.message(problem) == "Q: x? \\boxed{N} a line break"
     assert own.localization(problem, ["a", "b"]) == "2 in x?: Step 1: a\n\nStep 2: b"
     assert own.inline_localization(problem, ["a", "b"]) == "Which of 2, {N}?"
 

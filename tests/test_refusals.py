@@ -209,7 +209,7 @@ REFUSED = [
     math(
         "sampling.max_prompt_tokens=9",
         "all 2 prompts",
-        "max_prompt_tokens=9 (the shortest has 587",
+        "max_prompt_tokens=9 (the shortest has 159",
         "raise the limit",
     ),
     math("task.solve_prompt=none.txt", "solve_prompt: no such file: none.txt"),
@@ -233,7 +233,7 @@ REFUSED = [
     math("model.path=./mute", "mute holds no tokenizer", "copy the model's there"),
     math("model.path=./small", "330 ids", "vocabulary 320", "another model's tokenizer?"),
     math("model.path=./qwen4", "qwen4/config.json", "'qwen4' is not supported", "Qwen2ForCausalLM"),
-    math("model.path=./words", "delimiter", "'</thought>'"),
+    math("model.path=./words", "delimiter", "'\\n'"),
     # the run folder
     chain("run.dir=a-file/run", "run.dir", "a-file/run can't be written", "name another folder"),
     chain("run.dir=gs://bucket/run", "run: dir gs://bucket/run", "mount the bucket"),

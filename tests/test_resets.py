@@ -28,6 +28,7 @@ from jaxreset.resets.rules import (
     needs_of,
 )
 from jaxreset.sampling.rounds import Stream
+from jaxreset.tasks.asking import Asking
 from jaxreset.tasks.base import Problem
 from jaxreset.tasks.localization import Answer, parse_answer
 from jaxreset.tasks.math import MathTask
@@ -222,7 +223,14 @@ def asked_of(ask, policy, questions, steps, names=NAMES):
 def localize(script, batch):
     """Answers to `QUESTIONS`, the tokens drawn for them, and the sampler's calls."""
     rounds = ScriptedRounds(script)
-    ask = PolicyLocalizer(rounds, batch=batch, question_limit=4, temperature=0.3, top_p=0.9)
+    ask = PolicyLocalizer(
+        rounds,
+        Asking(ECHO, CHAIN_TOKENIZER),
+        batch=batch,
+        question_limit=4,
+        temperature=0.3,
+        top_p=0.9,
+    )
     policy = SimpleNamespace(
         tokenizer=CHAIN_TOKENIZER,
         version=0,
@@ -246,7 +254,9 @@ def test_policy_localizer_answers_do_not_depend_on_its_batch(batch):
 
 def test_policy_localizer_asks_nothing_when_all_questions_are_too_long():
     rounds = ScriptedRounds({})
-    ask = PolicyLocalizer(rounds, batch=4, question_limit=2, temperature=0.0, top_p=1.0)
+    ask = PolicyLocalizer(
+        rounds, Asking(ECHO, CHAIN_TOKENIZER), batch=4, question_limit=2, temperature=0.0, top_p=1.0
+    )
     policy = SimpleNamespace(tokenizer=CHAIN_TOKENIZER)
     assert asked_of(ask, policy, ["a1b2\n"] * 3, [1, 1, 1], NAMES[:3]) == (["", "", ""], 0)
     assert rounds.calls == []
@@ -267,7 +277,7 @@ def boxed_logps(policy, question, count):
 
 def test_scoring_localizer_names_the_step_whose_answer_is_likeliest(policy32):
     ask = ScoringLocalizer(
-        CHAIN_TOKENIZER, most_steps=12, batch=2, question_limit=4, temperature=0.0
+        Asking(ECHO, CHAIN_TOKENIZER), most_steps=12, batch=2, question_limit=4, temperature=0.0
     )
     steps = [3, 12, 5, 1, 12]
     answers, tokens = asked_of(ask, policy32, QUESTIONS, steps)
@@ -282,7 +292,11 @@ def test_scoring_localizer_names_the_step_whose_answer_is_likeliest(policy32):
 def test_scoring_localizer_draws_steps_by_their_answers_probabilities(policy32):
     count, temperature = 4000, 2.0
     ask = ScoringLocalizer(
-        CHAIN_TOKENIZER, most_steps=9, batch=1000, question_limit=4, temperature=temperature
+        Asking(ECHO, CHAIN_TOKENIZER),
+        most_steps=9,
+        batch=1000,
+        question_limit=4,
+        temperature=temperature,
     )
     asked = [QUESTIONS[0]] * count, [6] * count, [(i, 0) for i in range(count)]
     answers, _ = asked_of(ask, policy32, *asked)

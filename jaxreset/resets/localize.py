@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxreset.models.encoding import continuation_tokens, question_tokens
+from jaxreset.models.encoding import continuation_tokens
 from jaxreset.models.policy import Policy
 from jaxreset.resets.rules import Failure
 from jaxreset.sampling.dealing import together
 from jaxreset.sampling.rounds import Snapshot, Stream
 from jaxreset.sampling.sampler import Sampler
 from jaxreset.sampling.weighing import Weigher, truncate
+from jaxreset.tasks.asking import Asking
 
 
 class PolicyLocalizer:
@@ -22,18 +22,19 @@ class PolicyLocalizer:
 
     Args:
       sampler: for one row a question; its stop rules bound the answer.
+      asking: puts the questions.
       batch: questions in one call of the sampler.
       question_limit: longest question in tokens; a longer one is not asked and gets an empty answer,
         which parses as step 1.
       inline: the question goes on from the failed rollout, whose keys and values are read from its
         round; else it is a prompt of its own, with problem and steps in it.
       temperature, top_p, top_k: of the answers.
-      variables: of the chat template, see `encoding.question_tokens`.
     """
 
     def __init__(
         self,
         sampler: Sampler,
+        asking: Asking,
         *,
         batch: int,
         question_limit: int,
@@ -41,7 +42,6 @@ class PolicyLocalizer:
         temperature: float,
         top_p: float,
         top_k: int = 0,
-        variables: Mapping[str, Any] | None = None,
     ):
         self.sampler = sampler
         self.batch = batch
@@ -50,9 +50,7 @@ class PolicyLocalizer:
         self._draw: dict[str, Any] = {"rows": 1, "temperature": temperature, "top_p": top_p}
         if top_k:
             self._draw["top_k"] = top_k
-        self._encode: Callable[[Any, Failure], np.ndarray] = (
-            _encode_inline if inline else partial(_encode_fresh, variables=variables)
-        )
+        self._encode = asking.inline_question if inline else asking.question
 
     def compile(self, policy: Policy) -> None:
         """Compiles all that a call needs."""
@@ -62,7 +60,7 @@ class PolicyLocalizer:
         self, policy: Policy, failures: Sequence[Failure], ends: Sequence[Snapshot]
     ) -> tuple[list[str], int]:
         """The answer about each failure, and the number of tokens drawn in all."""
-        questions = [self._encode(policy.tokenizer, failure) for failure in failures]
+        questions = [self._encode(f.problem, f.steps) for f in failures]
         answers, drawn = [""] * len(failures), 0
         calls, s = None, self.sampler
         if self.inline:
@@ -91,17 +89,16 @@ class ScoringLocalizer:
     """Weighs `\\boxed{n}` for every step n in one forward pass: nothing is generated or can fail to parse.
 
     Args:
-      tokenizer: spells the answers.
+      asking: puts the questions; its tokenizer spells the answers.
       most_steps: most steps that a response may have.
       batch, question_limit: as of `PolicyLocalizer`.
       temperature: of the choice among the steps, by the probabilities of their answers; 0: the likeliest.
       top_p, top_k: of that choice; 1 and 0 keep all steps.
-      variables: of the chat template, see `encoding.question_tokens`.
     """
 
     def __init__(
         self,
-        tokenizer: Any,
+        asking: Asking,
         *,
         most_steps: int,
         batch: int,
@@ -109,12 +106,12 @@ class ScoringLocalizer:
         temperature: float,
         top_p: float = 1.0,
         top_k: int = 0,
-        variables: Mapping[str, Any] | None = None,
     ):
         self.batch, self.question_limit = batch, question_limit
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-        self._encode = partial(_encode_fresh, variables=variables)
-        answers = [continuation_tokens(tokenizer, _boxed(n)) for n in range(1, most_steps + 1)]
+        self._encode = asking.question
+        boxes = map(_boxed, range(1, most_steps + 1))
+        answers = [continuation_tokens(asking.tokenizer, box) for box in boxes]
         self._weigher = Weigher(answers, batch=batch, question_limit=question_limit)
 
     def compile(self, policy: Policy) -> None:
@@ -125,7 +122,7 @@ class ScoringLocalizer:
         self, policy: Policy, failures: Sequence[Failure], ends: Sequence[Snapshot]
     ) -> tuple[list[str], int]:
         """The answer about each failure; no token is drawn."""
-        questions = [self._encode(policy.tokenizer, failure) for failure in failures]
+        questions = [self._encode(f.problem, f.steps) for f in failures]
         answers = [""] * len(failures)
         for members in _batches(questions, self.question_limit, self.batch):
             scores = self._weigher(policy, [questions[i] for i in members])
@@ -143,19 +140,6 @@ Localizer = PolicyLocalizer | ScoringLocalizer
 
 def _boxed(step: int) -> str:
     return f"\\boxed{{{step}}}"
-
-
-def _encode_fresh(
-    tokenizer: Any, failure: Failure, *, variables: Mapping[str, Any] | None
-) -> np.ndarray:
-    question = failure.task.localization(failure.problem, failure.steps)
-    return question_tokens(tokenizer, question, variables)
-
-
-def _encode_inline(tokenizer: Any, failure: Failure) -> np.ndarray:
-    """In no chat template: the rollout that it goes on from is raw text."""
-    question = failure.task.inline_localization(failure.problem, failure.steps)
-    return continuation_tokens(tokenizer, question)
 
 
 def _batches(

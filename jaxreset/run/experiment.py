@@ -54,7 +54,7 @@ class Experiment:
 
     Attributes:
       config: resolved, the objects named in it by their import paths.
-      objective, task, sampler, collector: what it says.
+      objective, task, asking, sampler, collector: what it says.
       shapes: that are compiled.
       problems: the two splits, those with overlong prompts left out.
       score: rewards of (problem, response) pairs.
@@ -90,12 +90,13 @@ class Experiment:
         policy = self._start = starting_policy(config, self.mesh)
         self._learner: Learner | None = None
 
+        self.asking = asking = config.task.make_asking(task, policy.tokenizer)
         refuse = config.data.overlong == "refuse"
         limit = config.sampling.max_prompt_tokens
-        train, overlong = fit_prompts(problems.train, task, policy.tokenizer, limit, refuse=refuse)
-        test, _ = fit_prompts(problems.test, task, policy.tokenizer, limit, refuse=refuse)
+        train, overlong = fit_prompts(problems.train, asking, limit, refuse=refuse)
+        test, _ = fit_prompts(problems.test, asking, limit, refuse=refuse)
         self.problems, self.overlong = problems._replace(train=train, test=test), overlong
-        self.source = PromptSource(train, task, policy.tokenizer, seed=config.seed)
+        self.source = PromptSource(train, asking, seed=config.seed)
 
         s = config.sampling
         self.sampler = Sampler.for_policy(
@@ -103,6 +104,7 @@ class Experiment:
             StopRules(s.max_response_tokens, s.max_steps, s.max_step_tokens),
             delimiter=task.delimiter,
             answer_marker=task.answer_marker,
+            stop_strings=config.task.stop,
             shapes=[*shapes.base, shapes.evaluate, *shapes.written],
             forks=shapes.forks,
             slots=s.slots,
@@ -116,13 +118,12 @@ class Experiment:
             policy.without_params().decode,
             None
             if shapes.localize is None
-            else make_localizer(config, shapes, task, policy, self.mesh),
+            else make_localizer(config, shapes, asking, policy, self.mesh),
             draw={"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k},
             score=self.score,
             failed_below=config.task.failed_below,
             write=steps_writer(
-                task,
-                policy.tokenizer,
+                asking,
                 max_response=s.max_response_tokens,
                 max_steps=s.max_steps,
                 room=s.max_step_tokens,
@@ -218,7 +219,7 @@ class Experiment:
         """The held-out prompts; their numbers start at 0."""
         test = self.problems.test
         problems = [test[i] for i in range(len(test))]
-        return encode_prompts(problems, self.task, self._start.tokenizer, range(len(test)))
+        return encode_prompts(problems, self.asking, range(len(test)))
 
     def collect(self, prompts: Sequence[Prompt]) -> Collected:
         """Draws the groups of the next step, scores them, resets; advantages are in them.

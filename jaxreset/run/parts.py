@@ -7,7 +7,6 @@ from typing import Any
 import jax
 
 from jaxreset.config import Config
-from jaxreset.models.encoding import chat_variables
 from jaxreset.models.placement import param_shardings
 from jaxreset.models.policy import Policy, load_policy, new_policy
 from jaxreset.parallel import check_sizes, put
@@ -15,6 +14,7 @@ from jaxreset.planning.shapes import RunShapes, fresh_sizes
 from jaxreset.resets.localize import Localizer, PolicyLocalizer, ScoringLocalizer
 from jaxreset.sampling.rounds import StopRules
 from jaxreset.sampling.sampler import Sampler
+from jaxreset.tasks.asking import Asking
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.chain import TOKENIZER
 from jaxreset.tasks.pipeline import Problems, own_problems, read_problems
@@ -39,7 +39,7 @@ def adapted(config: Config, policy: Policy, mesh: jax.sharding.Mesh | None) -> P
 def make_localizer(
     config: Config,
     shapes: RunShapes,
-    task: Task,
+    asking: Asking,
     policy: Policy,
     mesh: jax.sharding.Mesh | None,
 ) -> Localizer:
@@ -52,30 +52,29 @@ def make_localizer(
         "temperature": ask.temperature,
         "top_p": ask.top_p,
         "top_k": ask.top_k,
-        "variables": chat_variables(config.task.date, config.task.enable_thinking),
     }
     if ask.mode == "score":
-        return ScoringLocalizer(policy.tokenizer, most_steps=config.sampling.max_steps, **common)
+        return ScoringLocalizer(asking, most_steps=config.sampling.max_steps, **common)
     inline = ask.mode == "inline"
     failed = sorted({parent for parent, _ in shapes.forks})  # rounds whose rollouts are asked about
     sampler = Sampler.for_policy(
         policy,
         StopRules(ask.max_tokens),
-        delimiter=task.delimiter,
+        delimiter=asking.task.delimiter,
         shapes=[] if inline else [shape],
         forks=[(drawn, shape) for drawn in failed] if inline else [],
         question_tokens=ask.max_question_tokens if inline else 0,
         hold_cache=config.sampling.hold_cache if inline else "never",
         mesh=mesh,
     )
-    return PolicyLocalizer(sampler, inline=inline, **common)
+    return PolicyLocalizer(sampler, asking, inline=inline, **common)
 
 
 def read_or_make_problems(config: Config, task: Task) -> Problems:
     data = config.data
     if data.path is None:
         return own_problems(task, train_size=data.chain_size, test_size=data.eval_size)
-    return read_problems(data.path, data.eval_path, test_size=data.eval_size)
+    return read_problems(data.path, data.eval_path, test_size=data.eval_size, read=task.read_record)
 
 
 def starting_policy(config: Config, mesh: jax.sharding.Mesh | None) -> Policy:

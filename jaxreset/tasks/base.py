@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxreset.tasks.localization import ask_for_step
-from jaxreset.tasks.templates import fill, shipped
+from jaxreset.tasks.templates import fill, shipped, spoken
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -32,15 +32,20 @@ class Problem:
         answer: the final answer that the verifier compares with; never shown to the policy.
         solution: a reference solution, where the data has one; shown only where a rule or a
             demonstration asks for it.
+        context: chat messages before the question, (role, content) each.
+        extra: what else its task's verifier needs, such as tests of a program or the letters of choices.
     """
 
     id: str
     question: str
     answer: str
     solution: str = field(default="", compare=False, repr=False)
+    context: tuple[tuple[str, str], ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 Item = tuple[Problem, str]  # and a response to it
+Message = Mapping[str, str]  # of a chat: role and content
 
 
 class Scores(NamedTuple):
@@ -99,9 +104,24 @@ class Task:
     delimiter: str = "\n"
     answer_marker: str = "\\boxed{"
 
-    def prompt(self, problem: Problem) -> str:
-        """The raw text that the policy continues, one step at a time."""
+    def prompt(self, problem: Problem) -> str | Sequence[Message]:
+        """The raw text that the policy continues, one step at a time; or messages of a chat."""
         raise NotImplementedError
+
+    def message(self, problem: Problem) -> str | Sequence[Message]:
+        """What is asked where a chat template is filled in: the user's message, or several messages."""
+        return self.prompt(problem)
+
+    def read_record(self, record: Mapping[str, Any]) -> Problem:
+        """A record of a data file as a problem; its id is given by the caller.
+
+        Raises:
+            UngradableError: no response can be scored; the record is left out, and counted.
+            ValueError: anything else wrong with it; names the field and what was expected, not the place.
+        """
+        from jaxreset.tasks.schemas import read_problem  # schemas make problems, and so import this
+
+        return read_problem(record)
 
     def score(self, items: Sequence[Item]) -> Scores | Sequence[float]:
         """Rewards of (problem, response text) pairs, in their order.
@@ -117,7 +137,7 @@ class Task:
 
     def inline_localization(self, problem: Problem, steps: Sequence[str]) -> str:
         """The same question, put behind the failed response itself."""
-        values = {"count": str(len(steps)), "delimiter": self.delimiter}
+        values = {"count": str(len(steps)), "delimiter": spoken(self.delimiter)}
         return fill(shipped("localize_inline.txt"), values)
 
     def first_wrong_step(self, problem: Problem, steps: Sequence[str]) -> int | None:

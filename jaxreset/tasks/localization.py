@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from jaxreset.tasks.templates import fill
+from jaxreset.tasks.templates import fill, spoken
 
 if TYPE_CHECKING:  # a task asks by this module
     from jaxreset.tasks.base import Problem
@@ -29,7 +29,7 @@ def ask_for_step(template: str, problem: Problem, steps: Sequence[str], delimite
         "steps": "\n\n".join(numbered),
         "count": str(len(steps)),
     }
-    return fill(template, values | {"delimiter": delimiter})
+    return fill(template, values | {"delimiter": spoken(delimiter)})
 
 
 class Answer(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 from jaxreset.tasks.answers import prepare_verifier, same_answer
 from jaxreset.tasks.base import Item, Problem, Scores, Task
 from jaxreset.tasks.localization import ask_for_step
-from jaxreset.tasks.templates import fill, template
+from jaxreset.tasks.templates import fill, spoken, template
 from jaxreset.tasks.workers import RewardWorkers
 
 _SOLVE_FIELDS = ("problem",)
@@ -20,16 +20,17 @@ _INLINE_FIELDS = ("count",)
 
 
 class MathTask(Task):
-    r"""A `Task` whose steps end with `</thought>` and whose answer stands in `\boxed{}`.
+    r"""A `Task` whose steps are lines, unless told otherwise, and whose answer stands in `\boxed{}`.
 
     A reward is 1.0 (the problem's answer) or 0.0, so an attempt below 0.5 has failed. The task
     can't tell the true first wrong step.
 
     Args:
-        solve_prompt: file to use instead of the shipped `solve.txt`; must contain `{problem}`.
-        localize_prompt: file to use instead of `localize.txt`; must contain `{problem}`,
-            `{steps}` and `{count}`.
-        inline_prompt: file to use instead of `localize_inline.txt`; must contain `{count}`.
+        solve_prompt: a text with `{problem}` in it, or a file with one, to use instead of the shipped
+            `solve_chat.txt`, a user's message, and `solve.txt`, raw text.
+        localize_prompt: the same instead of `localize.txt`; must contain `{problem}`, `{steps}` and
+            `{count}`.
+        inline_prompt: the same instead of `localize_inline.txt`; must contain `{count}`.
         processes: how many reward workers compare answers.
         cpu_seconds: CPU time that one comparison may take, else it scores 0.
 
@@ -39,7 +40,7 @@ class MathTask(Task):
     """
 
     name = "math"
-    delimiter = "</thought>"
+    delimiter = "\n"
     answer_marker = r"\boxed{"
 
     def __init__(
@@ -51,7 +52,10 @@ class MathTask(Task):
         processes: int = 2,
         cpu_seconds: float = 5.0,
     ):
-        self._solve = template("solve_prompt", solve_prompt, "solve.txt", _SOLVE_FIELDS)
+        self._raw, self._chat = (
+            template("solve_prompt", solve_prompt, ours, _SOLVE_FIELDS)
+            for ours in ("solve.txt", "solve_chat.txt")
+        )
         self._localize = template(
             "localize_prompt", localize_prompt, "localize.txt", _LOCALIZE_FIELDS
         )
@@ -64,7 +68,14 @@ class MathTask(Task):
 
     def prompt(self, problem: Problem) -> str:
         """The text that the policy continues, one step at a time."""
-        return fill(self._solve, {"problem": problem.question, "delimiter": self.delimiter})
+        return self._filled(self._raw, problem)
+
+    def message(self, problem: Problem) -> str:
+        """The user's message that the policy answers, where there is a chat template."""
+        return self._filled(self._chat, problem)
+
+    def _filled(self, text: str, problem: Problem) -> str:
+        return fill(text, {"problem": problem.question, "delimiter": spoken(self.delimiter)})
 
     def localization(self, problem: Problem, steps: Sequence[str]) -> str:
         r"""The question which of `steps` is the first wrong one, to be answered by one `\boxed{N}`.
@@ -81,7 +92,7 @@ class MathTask(Task):
 
     def inline_localization(self, problem: Problem, steps: Sequence[str]) -> str:
         """The same question behind the failed response, which shows problem and steps already."""
-        return fill(self._inline, {"count": str(len(steps)), "delimiter": self.delimiter})
+        return fill(self._inline, {"count": str(len(steps)), "delimiter": spoken(self.delimiter)})
 
     def score(self, items: Sequence[Item]) -> Scores:
         """Rewards of (problem, response text) pairs; see `RewardWorkers.score` for its errors."""

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from jaxreset.models.encoding import continuation_tokens, prompt_tokens
+from jaxreset.models.encoding import continuation_tokens
 from jaxreset.parallel import gather, own_share
-from jaxreset.tasks.base import Problem, Task
-from jaxreset.tasks.records import Loaded, read_file
+from jaxreset.tasks.asking import Asking
+from jaxreset.tasks.base import Problem
+from jaxreset.tasks.records import Loaded, ReadRecord, read_file, read_problem
 
 
 class Prompt(NamedTuple):
@@ -36,15 +37,17 @@ def own_problems(task: Any, *, train_size: int, test_size: int) -> Problems:
     return Problems(task.problems("train", train_size), task.problems("test", test_size))
 
 
-def read_problems(path: str, eval_path: str | None, *, test_size: int) -> Problems:
+def read_problems(
+    path: str, eval_path: str | None, *, test_size: int, read: ReadRecord = read_problem
+) -> Problems:
     """Problems of a file; without `eval_path`, the last of them (at most a tenth) are held out.
 
     Raises:
       ValueError: what `records.read_file` refuses, or a single problem; names the config's key.
     """
-    train, ungradable = _load("data.path", path)
+    train, ungradable = _load("data.path", path, read)
     if eval_path is not None:
-        test, more = _load("data.eval_path", eval_path)
+        test, more = _load("data.eval_path", eval_path, read)
         return Problems(train, test[:test_size], ungradable + more)
     if len(train) == 1:
         raise ValueError(
@@ -55,9 +58,9 @@ def read_problems(path: str, eval_path: str | None, *, test_size: int) -> Proble
     return Problems(train[:-held_out], train[-held_out:], ungradable)
 
 
-def _load(key: str, path: str) -> Loaded:
+def _load(key: str, path: str, read: ReadRecord) -> Loaded:
     try:
-        return read_file(path)
+        return read_file(path, read)
     except (ValueError, OSError, ImportError) as error:
         raise ValueError(f"{key}: {error}") from error
 
@@ -71,7 +74,7 @@ class Overlong:
 
 
 def fit_prompts(
-    problems: Sequence[Problem], task: Task, tokenizer: Any, limit: int, *, refuse: bool
+    problems: Sequence[Problem], asking: Asking, limit: int, *, refuse: bool
 ) -> tuple[Sequence[Problem], Overlong]:
     """Leaves out problems whose prompt has more than `limit` tokens.
 
@@ -83,7 +86,7 @@ def fit_prompts(
     """
     generated = not isinstance(problems, list)
     looked_at = [problems[i] for i in range(min(len(problems), 100))] if generated else problems
-    encoded = prompt_tokens(tokenizer, [task.prompt(p) for p in looked_at])
+    encoded = asking.tokens(looked_at)
     lengths = np.array([len(ids) for ids in encoded])
     over = np.flatnonzero(lengths > limit)
     found = Overlong(len(over), int(lengths.max(initial=0)))
@@ -116,11 +119,10 @@ class PromptSource:
       seed: of the shuffle.
     """
 
-    def __init__(self, problems: Sequence[Problem], task: Task, tokenizer: Any, *, seed: int):
+    def __init__(self, problems: Sequence[Problem], asking: Asking, *, seed: int):
         source: Any = problems
         self._order = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-        self._task = task
-        self._tokenizer = tokenizer
+        self._asking = asking
         self.position = 0
 
     def next(self, count: int) -> list[Prompt]:
@@ -128,25 +130,23 @@ class PromptSource:
         own = [self.position + i for i in own_share(count)]
         self.position += count
         problems = [self._order[i] for i in own]
-        return gather(encode_prompts(problems, self._task, self._tokenizer, own))
+        return gather(encode_prompts(problems, self._asking, own))
 
 
 def encode_prompts(
-    problems: Sequence[Problem], task: Task, tokenizer: Any, numbers: Sequence[int]
+    problems: Sequence[Problem], asking: Asking, numbers: Sequence[int]
 ) -> list[Prompt]:
     """Prompts of given problems, numbered as given."""
-    encoded = prompt_tokens(tokenizer, [task.prompt(p) for p in problems])
-    return [Prompt(*prompt) for prompt in zip(problems, encoded, numbers, strict=True)]
+    return [Prompt(*p) for p in zip(problems, asking.tokens(problems), numbers, strict=True)]
 
 
 def steps_writer(
-    task: Task, tokenizer: Any, *, max_response: int, max_steps: int | None, room: int
+    asking: Asking, *, max_response: int, max_steps: int | None, room: int
 ) -> Callable[[Sequence[str]], np.ndarray]:
     """A function from steps to the token ids that a response begins with: as many steps as leave `room`.
 
     Args:
-      task: its delimiter ends each step.
-      tokenizer: the policy's.
+      asking: its task's delimiter ends each step.
       max_response, max_steps: limits of a response; room for one more step is left.
       room: tokens that a step may take.
     """
@@ -154,8 +154,8 @@ def steps_writer(
     def write(steps: Sequence[str]) -> np.ndarray:
         steps = list(steps)[: None if max_steps is None else max_steps - 1]
         while steps:
-            text = "".join(f"{step}{task.delimiter}" for step in steps)
-            tokens = continuation_tokens(tokenizer, text)
+            text = "".join(f"{step}{asking.task.delimiter}" for step in steps)
+            tokens = continuation_tokens(asking.tokenizer, text)
             if len(tokens) + room <= max_response:
                 return tokens
             steps = steps[:-1]

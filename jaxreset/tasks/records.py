@@ -14,26 +14,24 @@ Records whose answer nothing could equal (`proof`, `not found`, NaN) are left ou
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxreset.tasks.answers import final_answer, is_gradable, plain_number
 from jaxreset.tasks.base import Problem
+from jaxreset.tasks.fields import UngradableError, brief
+from jaxreset.tasks.schemas import read_problem
 
 SUFFIXES = (".jsonl", ".parquet")
 _FIELDS = ("question", "problem", "answer", "solution")
-_IN_ANSWER = "the final answer: '#### 72' as the last line, or \\boxed{72}"
-_IN_SOLUTION = "the final answer in its last \\boxed{...}"
-_LONGEST_NUMBER = 1000  # digits before the point, or behind it
-_CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
+
+ReadRecord = Callable[[Mapping[str, Any]], Problem]
 
 logger = logging.getLogger(__name__)
 
@@ -45,21 +43,18 @@ class Loaded(NamedTuple):
     ungradable: int
 
 
-class UngradableError(ValueError):
-    """A record whose answer can't be compared with anything."""
-
-
-def load_problems(path: str | Path) -> list[Problem]:
+def load_problems(path: str | Path, read: ReadRecord = read_problem) -> list[Problem]:
     """The problems of a file, as `read_file`, with a warning where some are left out."""
-    return read_file(path).problems
+    return read_file(path, read).problems
 
 
-def read_file(path: str | Path) -> Loaded:
+def read_file(path: str | Path, read: ReadRecord = read_problem) -> Loaded:
     """The problems of a `.jsonl` or `.parquet` file, or of a data set by name.
 
     Args:
         path: a file; or, where no such file exists, `name`, `name:split` or `name:config:split` of
             a data set that the optional `datasets` library finds (split "train" unless given).
+        read: a record as a problem without an id, see `Task.read_record`.
 
     Returns:
         The problems in the file's order, at least one, and how many records were left out because
@@ -86,12 +81,14 @@ def read_file(path: str | Path) -> Loaded:
     else:
         records, stem = _dataset_rows(str(path)), str(path)
     problems: list[Problem] = []
-    ungradable: list[UngradableError] = []
+    ungradable: list[str] = []
     for number, place, record in records:
         try:
-            problems.append(_problem(record, f"{stem}:{number}", f"{path}, {place}"))
+            problems.append(dataclasses.replace(read(record), id=f"{stem}:{number}"))
         except UngradableError as error:
-            ungradable.append(error)
+            ungradable.append(f"{path}, {place}: {error}")
+        except ValueError as error:
+            raise ValueError(f"{path}, {place}: {error}") from error
     if not problems:
         if ungradable:
             raise ValueError(
@@ -108,95 +105,6 @@ def read_file(path: str | Path) -> Loaded:
             ungradable[0],
         )
     return Loaded(problems, len(ungradable))
-
-
-def _problem(record: Mapping[str, Any], name: str, place: str) -> Problem:
-    """One record as a `Problem` with id `name`; `place` begins its error messages."""
-    asked = "question" if record.get("question") is not None else "problem"
-    question = _text(record, asked, place, "the problem's text (in field 'question' or 'problem')")
-    solved = record.get("answer") is None and record.get("solution") is not None
-    field, expected = ("solution", _IN_SOLUTION) if solved else ("answer", _IN_ANSWER)
-    written = _text(record, field, place, expected)
-    if isinstance(record[field], str) and not is_gradable(written):
-        raise UngradableError(
-            f"{place}: field {field!r} is {_brief(written)}, which no answer equals; expected {expected}"
-        )
-    answer = final_answer(_CALCULATOR_MARK.sub("", written))
-    # A NuminaMath answer is final as it stands; GSM8K's is a solution, unless it is just a number.
-    is_final = asked == "problem" or plain_number(written) is not None
-    if answer is None and is_final and not solved:
-        answer = written.strip()
-    if not answer:
-        raise ValueError(
-            f"{place}: no final answer in field {field!r}, {_brief(written)}; expected {expected}"
-        )
-    if not is_gradable(answer):
-        raise UngradableError(
-            f"{place}: field {field!r} ends in {_brief(answer)}, which no answer equals; "
-            f"expected {expected}"
-        )
-    shown = record.get("solution") or (written if asked == "question" else "")
-    solution = _CALCULATOR_MARK.sub("", shown) if isinstance(shown, str) else ""
-    return Problem(name, question, answer, solution)
-
-
-def _text(record: Mapping[str, Any], field: str, place: str, expected: str) -> str:
-    """The text of a field; numbers are accepted as they would be written.
-
-    Raises:
-        UngradableError: for NaN and infinity.
-        ValueError: for anything else that is no text and no number.
-    """
-    value = record.get(field)
-    if value is None:
-        found = ", ".join(sorted(map(str, record))) or "none"
-        raise ValueError(
-            f"{place}: missing field {field!r}; expected {expected}; fields found: {found}"
-        )
-    if (number := written_out(value)) is not None:
-        if not number:
-            kind = UngradableError if field in ("answer", "solution") else ValueError
-            raise kind(f"{place}: field {field!r} is {_brief(value)}; expected {expected}")
-        value = number
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{place}: field {field!r} is {_brief(value)}; expected {expected}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        odd = value[error.start]
-        raise ValueError(
-            f"{place}: field {field!r} holds half a character, \\u{ord(odd):04x}, at position "
-            f"{error.start} (a surrogate without its other half); expected Unicode text"
-        ) from error
-    return value
-
-
-def written_out(value: object) -> str | None:
-    """A number in plain digits, "" where it has none (NaN), or None for what is no number.
-
-    Of a binary float the shortest decimal that is rounded to it in its own precision. A double that
-    is a float32 to the last bit, 0.10000000149011612, was one: 0.1.
-    """
-    if isinstance(value, bool | np.bool_):
-        return None
-    if isinstance(value, int | np.integer):
-        return str(int(value))
-    if isinstance(value, float | np.floating):
-        if not math.isfinite(value):
-            return ""
-        # str rounds to the scalar's own type, and numpy's float64 is a float.
-        value = Decimal(str(float(value) if isinstance(value, np.float64) else value))
-    if not isinstance(value, Decimal):
-        return None
-    if not value.is_finite() or not -_LONGEST_NUMBER < value.adjusted() < _LONGEST_NUMBER:
-        return ""
-    double = float(value)
-    single = np.float32(double) if abs(double) < np.finfo(np.float32).max else np.float32(0)
-    # Exact expansions are kept: 2^-15 is a float32, too, and means what it says.
-    is_single = float(single) == double and double % 1 != 0 and Decimal(double) != value
-    if is_single and len(value.as_tuple().digits) > 10:
-        value = Decimal(str(single))
-    return f"{value:f}"
 
 
 def _narrowed(
@@ -229,7 +137,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
                 ) from error
             if not isinstance(record, dict):
                 raise ValueError(
-                    f"{path}, {place}: {_brief(record)}; expected a JSON object with named fields"
+                    f"{path}, {place}: {brief(record)}; expected a JSON object with named fields"
                 )
             yield number, place, record
 
@@ -303,8 +211,3 @@ def _dataset_rows(name: str) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
     types = {name: kind for name, kind in kinds.items() if kind in ("float16", "float32")}
     for number, record in enumerate(_narrowed(rows, types), start=1):
         yield number, f"row {number}", record
-
-
-def _brief(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:38]} … {shown[-38:]}"
