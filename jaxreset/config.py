@@ -115,8 +115,8 @@ class Config(Section):
             raise ValueError(f"data.path is null, but task.name={name} needs problems: name a file")
         if name == "chain" and (self.task.delimiter or self.task.answer_marker):
             raise ValueError(
-                "task.delimiter and task.answer_marker: task.name=chain writes one step a line and its answer in "
-                "\\boxed{}; leave them out"
+                "task.delimiter and task.answer_marker: task.name=chain writes one step a line and its "
+                "answer in \\boxed{}; leave them out"
             )
         if name == "math" and self.model.path is None:
             raise ValueError(

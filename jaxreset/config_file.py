@@ -113,8 +113,10 @@ def saved_values(path: Path) -> dict[str, Any]:
 
 def _as_then(values: dict[str, Any]) -> dict[str, Any]:
     """With what an older version did where it had no key for it, and the default is another now."""
-    task = values.get("task")
-    if not isinstance(task, dict) or "chat" in task:
+    task, model = values.get("task"), values.get("model")
+    if not isinstance(task, dict) or not isinstance(model, dict):
+        return values
+    if "chat" in task or model.get("path") is None:  # a policy of ours has no chat template
         return values
     raw = {"chat": "raw"} | ({"delimiter": "</thought>"} if task.get("name") == "math" else {})
     return values | {"task": raw | task}

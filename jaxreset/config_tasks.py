@@ -116,10 +116,9 @@ class TaskConfig(Section):
             ours = {key: getattr(self, key) for key in ARGUMENTS if key in known}
             task = kind(**self.options | ours)
         written = {"delimiter": self.delimiter, "answer_marker": self.answer_marker}
-        task = copy.copy(task)
-        for name, text in written.items():
-            if text is not None:
-                setattr(task, name, text)
+        if any(written.values()):
+            task = copy.copy(task)
+            vars(task).update({name: text for name, text in written.items() if text})
         return task
 
     def make_rewards(self, task: Task) -> Rewards | None:

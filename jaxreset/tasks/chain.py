@@ -91,7 +91,7 @@ def _question(terms: Iterable[int]) -> str:
     return "".join(f"{letter}{n}" for letter, n in zip(LETTERS, terms, strict=False))
 
 
-@dataclass
+@dataclass(frozen=True)
 class ChainTask(Task):
     """Prompts, demonstrations and checker of the running sums.
 
