@@ -1,4 +1,4 @@
-"""The command line: `jaxreset train | eval | plan | export`."""
+"""The command line: `jaxreset prompt | train | eval | plan | export`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Post-train language models on multi-step reasoning by resets.",
 )
+
+
+@app.command()
+def prompt(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 2,
+    sample: Annotated[bool, typer.Option(help="Draw a response to each.")] = True,
+) -> None:
+    """Show prompts exactly as the policy sees them, a response to each, its steps, and its verdict."""
+    with _uninterrupted():
+        from jaxreset.config_file import load_config
+        from jaxreset.run.preview import preview
+
+        settings = load_config(config, overrides or [])
+    preview(settings, Console(), count=count, sample=sample)
 
 
 @app.command()

@@ -18,11 +18,13 @@ from jaxreset.reporting.curve import draw_curve
 from jaxreset.reporting.display import Display
 from jaxreset.reporting.report import write_report
 from jaxreset.run.folder import RunFolder
+from jaxreset.tasks.chain import ChainTask
+from jaxreset.tasks.sums import SumsTask
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 GOOD = {
     "reward/mean": 0.4, "groups/with_signal": 3.0, "response/cut": 0.3, "response/answered": 0.6,
-    "verifier/errors": 0, "verifier/timeouts": 0,
+    "response/steps": 3.0, "verifier/errors": 0, "verifier/timeouts": 0,
 }  # fmt: skip
 NOTHING = {"reward/mean": 0.0, "groups/with_signal": 0.0}
 SOLVED = {"step": 0, "eval/accuracy": 0.1, "eval/greedy_accuracy": 0.0}
@@ -39,6 +41,7 @@ def steps(*lines):
         ("cut", {"response/cut": 1.0}),
         ("cut", {"response/cut": 0.96}),
         ("unanswered", {"response/answered": 0.0}),
+        ("one step", {"response/steps": 1.02}),
         ("no signal", {"reward/mean": 1.0, "groups/with_signal": 0.0}),
         ("no signal", {"reward/mean": -1.0, "groups/with_signal": 0.0}),
     ],
@@ -84,11 +87,14 @@ def test_one_step_without_reward_is_enough_where_nothing_is_solved():
         ("no reward", {}, {"eos": 8}, "all are judged wrong.*too hard.*verifier"),
         ("no signal", {"reward/mean": 1.0}, {}, "reward 1.*harder problems"),
         ("no signal", {"reward/mean": 0.1}, {}, "reward 0.1.*easier problems"),
+        ("one step", {"response/steps": 1.02}, {}, r"1.02 on average.*'\\n'.*Set task.delimiter"),
+        ("nothing solved", {"eval/answered": 0.02}, {}, "solved nothing: 2% .*: jaxreset prompt"),
+        ("nothing solved", {"eval/cut": 0.97}, {}, "solved nothing: 97% .*max_response_tokens"),
     ],
 )
 def test_an_alarm_names_the_likely_cause_and_what_to_change(kind, record, ends, words):
     config = load_config(QUICKSTART, ["sampling.max_response_tokens=96", "sampling.max_steps=20"])
-    text = describe(kind, GOOD | record, Counter(ends), config, "\\boxed{")
+    text = describe(kind, GOOD | record, Counter(ends), config, ChainTask())
     assert len(text) < 500
     assert re.search(words, text)
 
@@ -104,7 +110,9 @@ def test_each_kind_sounds_once_a_run_which_may_go_on(tmp_path, caplog):
     def go_on(done):
         """From step `done` to the end."""
         shown = []
-        alarms = Alarms(folder.config, "!", folder.alarms, history[: done + 1], shown.append)
+        alarms = Alarms(
+            folder.config, ChainTask(), folder.alarms, history[: done + 1], shown.append
+        )
         alarms.start(eos_ids=())
         for line in history[done + 1 :]:
             alarms.note(line, [tree()])
@@ -126,8 +134,40 @@ def test_each_kind_sounds_once_a_run_which_may_go_on(tmp_path, caplog):
     assert not folder.alarms.exists()
 
 
+def test_a_first_evaluation_that_solves_nothing_is_said_at_once(tmp_path):
+    config = load_config(
+        QUICKSTART, ["model.path=some/model", "task.name=sums", "warm_start.steps=0"]
+    )
+    zero = {"step": 0, "eval/accuracy": 0.0, "eval/greedy_accuracy": 0.0, "eval/answered": 0.02}
+    shown = []
+    alarms = Alarms(config, SumsTask(), tmp_path / "alarms.jsonl", [], shown.append)
+    alarms.note(zero, response="I can help with that!")
+    [alarm] = shown
+    assert (alarm.kind, alarm.step, alarm.response) == (
+        "nothing solved",
+        0,
+        "I can help with that!",
+    )
+    assert re.search("task.examples.*task.chat.*task.answer_marker", alarm.text)
+    alarms.note(zero | {"step": 5}, response="again")
+    assert shown == [alarm]
+    later = Alarms(config, SumsTask(), tmp_path / "other.jsonl", [SOLVED], shown.append)
+    later.note(zero | {"step": 5}, response="not the first")
+    assert shown == [alarm]
+
+
+@pytest.mark.parametrize("objective", ["grpo", "srpo"])
+def test_one_step_is_an_alarm_where_there_are_resets(tmp_path, objective):
+    config = load_config(QUICKSTART, [f"objective={objective}"])
+    shown = []
+    alarms = Alarms(config, ChainTask(), tmp_path / "alarms.jsonl", [SOLVED], shown.append)
+    for line in steps(*[{"response/steps": 1.0}] * 4)[1:]:
+        alarms.note(line, [tree()])
+    assert [alarm.kind for alarm in shown] == ["one step"] * (objective == "srpo")
+
+
 def test_a_policy_that_can_end_is_no_alarm(tmp_path):
-    alarms = Alarms(load_config(QUICKSTART, []), "!", tmp_path / "alarms.jsonl", [])
+    alarms = Alarms(load_config(QUICKSTART, []), ChainTask(), tmp_path / "alarms.jsonl", [])
     alarms.start(eos_ids=(1,))
     assert not list(tmp_path.iterdir())
 

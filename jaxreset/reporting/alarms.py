@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 from jaxreset.config import Config
 from jaxreset.json_text import dumps, loads
 from jaxreset.parallel.processes import is_leader
+from jaxreset.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
 # Training steps in a row after which an alarm sounds; no reward: one, after an evaluation without any.
-STEPS = {"no reward": 3, "cut": 3, "unanswered": 3, "no signal": 10}
+STEPS = {"no reward": 3, "cut": 3, "unanswered": 3, "one step": 3, "no signal": 10}
 NEARLY_ALL = 0.95
+ONE_STEP = 1.05  # or fewer, on average, are hardly worth a reset
 SHOWN_CHARACTERS = 600  # of a response
 
 
@@ -29,7 +31,7 @@ class Alarm(NamedTuple):
     """What is wrong.
 
     Attributes:
-      kind: a key of `STEPS`, or "no end".
+      kind: a key of `STEPS`, "no end", or "nothing solved" of an evaluation.
       step: after which it was noticed.
       text: with the likely cause, and what to change.
       response: one of that step, shortened; None where none was drawn yet.
@@ -54,6 +56,7 @@ def kinds(history: Sequence[Record]) -> list[str]:
         "no reward": lambda line: line["reward/mean"] == 0 and line["groups/with_signal"] == 0,
         "cut": lambda line: line.get("response/cut", 0.0) >= NEARLY_ALL,
         "unanswered": lambda line: line.get("response/answered", 1.0) <= 1 - NEARLY_ALL,
+        "one step": lambda line: 0 < line.get("response/steps", 0.0) <= ONE_STEP,
         "no signal": lambda line: line["groups/with_signal"] == 0,
     }
 
@@ -67,38 +70,31 @@ def kinds(history: Sequence[Record]) -> list[str]:
     return [kind for kind in found if kind != "no signal" or "no reward" not in found]
 
 
-def describe(kind: str, record: Record, ends: Counter[str], config: Config, marker: str) -> str:
+def describe(kind: str, record: Record, ends: Counter[str], config: Config, task: Task) -> str:
     """An alarm's text: what is seen, why it is likely so, what to change.
 
     Args:
-      kind: of `STEPS`.
-      record: metrics of the latest step.
+      kind: of `STEPS`, or "nothing solved".
+      record: metrics of the latest step, or evaluation.
       ends: why its responses ended, as rollouts say it, and how many of each.
       config: of the run.
-      marker: the task's answer marker.
+      task: its delimiter and answer marker.
     """
-    s = config.sampling
-    cut = (
-        f"{record.get('response/cut', 0.0):.0%} of the responses were cut by a limit. Raise "
-        + (
-            f"sampling.max_steps ({s.max_steps})"
-            if ends["steps"] > ends["budget"] + ends["length"]
-            else f"sampling.max_response_tokens ({s.max_response_tokens})"
-        )
-        + ", or use a model that ends its responses"
-    )
-    answered = (
-        f"{record.get('response/answered', 1.0):.0%} of the responses hold the answer marker {marker!r}: "
-        "the policy doesn't write answers in the way that the prompt asks for. "
-    ) + (
-        "Give it a warm start (warm_start.steps)"
-        if config.task.name == "chain"
-        else "Change the prompt (task.solve_prompt), or use a model that follows instructions"
-    )
+    of = "eval" if kind == "nothing solved" else "response"
+    answered, cut = record.get(f"{of}/answered", 1.0), record.get(f"{of}/cut", 0.0)
     if kind == "cut":
-        return f"Nearly every response is cut, and what isn't finished is rarely right: {cut}."
+        return (
+            "Nearly every response is cut, and what isn't finished is rarely right: "
+            f"{_cut(cut, ends, config)}."
+        )
     if kind == "unanswered":
-        return f"Nearly no response has an answer: {answered}."
+        return f"Nearly no response has an answer: {_unanswered(answered, config, task)}."
+    if kind == "one step":
+        return (
+            f"Nearly every response is one step ({record['response/steps']:.2f} on average), so a reset "
+            f"goes back to the prompt: the policy doesn't write {task.delimiter!r}. Set task.delimiter to "
+            "what stands between the steps that it writes, or show it some (task.examples)."
+        )
     if kind == "no signal":
         reward = record["reward/mean"] or 0.0
         wanted = "easier" if reward < config.task.failed_below else "harder"
@@ -108,10 +104,10 @@ def describe(kind: str, record: Record, ends: Counter[str], config: Config, mark
             f"{wanted} problems (data.path), or draw more "
             f"of each (reset.layout {config.reset.layout})."
         )
-    if record.get("response/answered", 1.0) < 0.5:
-        cause = answered
-    elif record.get("response/cut", 0.0) >= 0.5:
-        cause = cut
+    if answered < 0.5:
+        cause = _unanswered(answered, config, task)
+    elif cut >= 0.5:
+        cause = _cut(cut, ends, config)
     elif record.get("verifier/errors", 0) or record.get("verifier/timeouts", 0):
         cause = (
             f"the verifier failed on {record.get('verifier/errors', 0):.0f} responses and ran out of time "
@@ -123,7 +119,36 @@ def describe(kind: str, record: Record, ends: Counter[str], config: Config, mark
             "the policy (data.path; objective=ladder is made for that), or the data's answers may not "
             "be what the verifier reads"
         )
+    if kind == "nothing solved":
+        return f"The first evaluation solved nothing: {cause}. To see one: jaxreset prompt CONFIG."
     return f"All rewards are 0, so nothing is learnt: {cause}."
+
+
+def _cut(share: float, ends: Counter[str], config: Config) -> str:
+    s = config.sampling
+    steps = ends["steps"] > ends["budget"] + ends["length"]
+    limit = (
+        f"sampling.max_steps ({s.max_steps})"
+        if steps
+        else f"sampling.max_response_tokens ({s.max_response_tokens})"
+    )
+    return (
+        f"{share:.0%} of the responses were cut by a limit. Raise {limit}, or use a model that ends its "
+        "responses"
+    )
+
+
+def _unanswered(share: float, config: Config, task: Task) -> str:
+    seen = (
+        f"{share:.0%} of the responses hold the answer marker {task.answer_marker!r}: the policy doesn't "
+        "write answers in the way that the prompt asks for. "
+    )
+    if config.model.path is None:
+        return f"{seen}Give it a warm start (warm_start.steps)"
+    return (
+        f"{seen}Show it the format (task.examples), ask in its chat template (task.chat), name what it "
+        "does write (task.answer_marker), or start with demonstrations (warm_start)"
+    )
 
 
 class Alarms:
@@ -131,7 +156,7 @@ class Alarms:
 
     Args:
       config: of the run.
-      marker: the task's answer marker.
+      task: of the run.
       file: where alarms are kept, one JSON object each; those there have sounded.
       history: metrics so far.
       show: shows an alarm, beside the log.
@@ -140,12 +165,12 @@ class Alarms:
     def __init__(
         self,
         config: Config,
-        marker: str,
+        task: Task,
         file: Path,
         history: Sequence[Record],
         show: Callable[[Alarm], None] = lambda alarm: None,
     ):
-        self._config, self._marker, self._file, self._show = config, marker, file, show
+        self._config, self._task, self._file, self._show = config, task, file, show
         self._history = list(history)
         self._sounded = {alarm.kind for alarm in read_alarms(file)}
 
@@ -163,16 +188,27 @@ class Alarms:
                 )
             )
 
-    def note(self, record: Record, trees: Sequence[Record] = ()) -> None:
-        """After a step, or an evaluation: its metrics, and its reset trees."""
+    def note(
+        self, record: Record, trees: Sequence[Record] = (), response: str | None = None
+    ) -> None:
+        """After a step, or an evaluation: its metrics, and its reset trees, or one of its responses."""
+        first = not any("eval/accuracy" in line for line in self._history)
         self._history.append(record)
+        if first and "eval/accuracy" in record and not _solved(record):
+            self._note("nothing solved", Counter(), response)
         rows = [row for tree in trees for group in tree["groups"] for row in group["rows"]]
-        if not rows:
-            return
-        ends = Counter(row["end"] for row in rows)
-        for kind in kinds(self._history):
-            text = describe(kind, record, ends, self._config, self._marker)
-            self._sound(Alarm(kind, record["step"], text, _shortened(rows[0]["text"])))
+        if rows:
+            ends = Counter(row["end"] for row in rows)
+            for kind in kinds(self._history):
+                self._note(kind, ends, rows[0]["text"])
+
+    def _note(self, kind: str, ends: Counter[str], response: str | None) -> None:
+        record = self._history[-1]
+        if kind == "one step" and self._config.make_objective().rule is None:
+            return  # who doesn't reset needs no steps
+        text = describe(kind, record, ends, self._config, self._task)
+        shown = None if response is None else _shortened(response)
+        self._sound(Alarm(kind, record["step"], text, shown))
 
     def _sound(self, alarm: Alarm) -> None:
         if not is_leader() or alarm.kind in self._sounded:

@@ -78,6 +78,7 @@ class Display:
             parts = [
                 f"reward {record['reward/mean']:.3f}",
                 self._accuracy,
+                f"answered {record['response/answered']:.0%} in {record['response/steps']:.1f} steps",
                 f"{record['time/tokens_per_second']:,.0f} tokens/s",
             ]
         self._show(record["step"], "  ".join(parts), every=max(self._total // 10, 1))

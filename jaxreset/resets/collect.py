@@ -25,7 +25,7 @@ from jaxreset.sampling.sampler import Sampler
 from jaxreset.tasks.base import ScoreItems, Task
 from jaxreset.tasks.localization import parse_answer
 from jaxreset.tasks.pipeline import Prompt
-from jaxreset.tasks.rollouts import Rollout, score_round
+from jaxreset.tasks.rollouts import Rollout, format_values, score_round
 from jaxreset.tasks.scoring import Record, Verdicts, judge
 
 
@@ -351,14 +351,13 @@ class _Step:
         self.totals["tokens_sampled"] += int(round_.lengths.sum())
         self.totals["verifier/timeouts"] += scored.timeouts
         self.lane_steps += round_.lane_steps
-        marker = self.to.task.answer_marker
         for g, (start, drawn) in enumerate(zip(starts, scored.rollouts, strict=True)):
             solved = float(np.mean([not r.failed for r in drawn]))
             cut = () if start.step is None else (Cut(start.step, solved),)
             self.origins[round_, g] = start, start.cuts + cut
-            self.values["response/cut"] += [r.cut for r in drawn]
-            self.values["response/answered"] += [marker in r.text for r in drawn]
-            self.values["response/drawn_tokens"] += [len(r.drawn) for r in drawn]
+            steps = [len(self.spans(r)) for r in drawn]
+            for name, values in format_values(drawn, steps, self.to.task.answer_marker).items():
+                self.values[f"response/{name}"] += values
         return scored.rollouts
 
     def add_group(

@@ -11,6 +11,7 @@ from jaxreset.disk import size_text
 from jaxreset.planning.footprint import estimated, here, phases
 from jaxreset.planning.table import memory_table
 from jaxreset.run.experiment import Experiment
+from jaxreset.run.preview import show_prompt
 
 
 def describe(config: Config, console: Console) -> None:
@@ -37,6 +38,8 @@ def describe(config: Config, console: Console) -> None:
         tokens = pack.bins * (pack.prefix + pack.lanes * pack.slots)
         table.add_row("update (bins, lanes)", *map(str, pack), f"{tokens:,} tokens")
     console.print(table)
+    show_prompt(experiment, experiment.prompts(1)[0], console)
+    console.rule()
 
     case = here(config)
     held = phases(case, estimated(case))

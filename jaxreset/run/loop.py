@@ -185,8 +185,7 @@ def _loop(
     """All steps that are left; asked to end, it saves the last finished one."""
     config = experiment.config
     display.phase("training", config.train.steps, done=learner.progress.step)
-    marker = experiment.task.answer_marker
-    alarms = Alarms(config, marker, folder.alarms, folder.history(), display.alarm)
+    alarms = Alarms(config, experiment.task, folder.alarms, folder.history(), display.alarm)
     alarms.start(learner.policy.eos_ids)
     finished = learner.state, learner.progress
     try:

@@ -70,6 +70,26 @@ class Rollout(NamedTuple):
         return record | ({"rewards": self.parts} if self.parts else {})
 
 
+def format_values(
+    rollouts: Sequence[Rollout], steps: Sequence[int], marker: str
+) -> dict[str, list[float]]:
+    """Of each rollout how well it keeps to the format: lists in their order, by the metric's name.
+
+    Args:
+      rollouts: with responses of so many `steps`.
+      marker: that an answer begins with.
+    """
+    values: dict[str, list[float]] = {
+        "answered": [float(marker in r.text) for r in rollouts],
+        "steps": [float(count) for count in steps],
+        "drawn_tokens": [float(len(r.drawn)) for r in rollouts],
+        "cut": [float(r.cut) for r in rollouts],
+    }
+    for reason in list(StopReason)[1:]:  # all that end a row
+        values[f"ended_by_{reason.name.lower()}"] = [float(r.end == reason) for r in rollouts]
+    return values
+
+
 class Scored(NamedTuple):
     """A round's rollouts `[N][K]`, how often a deadline fired, and what the verifier made of them."""
 
