@@ -79,6 +79,11 @@ class Config(Section):
                 f"loss.credit=steps with loss.advantage={loss.advantage}: credit has the unit of the "
                 f"group's advantages, which {', '.join(get_args(Scale))} have; leave one of the two out"
             )
+        if loss.credit == "steps" and self.make_objective().mask == "response":
+            raise ValueError(
+                "loss.credit=steps with reset.mask=response: credit already says what kept steps are "
+                "worth; leave one of the two out"
+            )
         if self.loss.dual_clip is not None and clip is None:
             raise ValueError(f"loss.dual_clip={self.loss.dual_clip} needs loss.clip")
         if self.train.epochs > 1 and clip is None:
@@ -179,6 +184,8 @@ class Config(Section):
             rungs=r.rungs,
             when=r.when,
             seed_choice=r.seed_choice,
+            drop_seeds=r.drop_seeds,
+            mask=r.mask,
         )
 
     def resolved(self) -> Config:

@@ -22,7 +22,7 @@ from jaxreset.learning.form import LossForm, find_form
 from jaxreset.learning.settings import AdamW, Schedule
 from jaxreset.losses import Aggregation, KLEstimator
 from jaxreset.models.lora import LINEAR, LoRA, Target
-from jaxreset.resets.objectives import When
+from jaxreset.resets.objectives import Mask, When
 
 
 class FreshModel(Section):
@@ -123,6 +123,13 @@ class Reset(Section):
     rungs: PositiveInt | None = None
     when: When | None = None
     seed_choice: Literal["first", "deepest"] | None = None
+    drop_seeds: bool | None = Field(
+        None,
+        description="leave the rollouts that are reset out of the base group; null: the method's",
+    )
+    mask: Mask | None = Field(
+        None, description="what of a reset group learns: suffix, or response: its kept steps too"
+    )
     localizer: LocalizerSection = LocalizerSection()
 
 

@@ -126,6 +126,35 @@ def test_a_reset_group_is_normalised_apart():
     np.testing.assert_allclose(run.groups[0].advantages[0], -(3**0.5), rtol=1e-5)
 
 
+def test_what_a_reset_kept_may_be_learnt_from_too():
+    script = {0: "3SSS", 2: "S4S4"}, {(0, 1, 0): "\\boxed{3}"}
+    apart = collect(SRPO, *script)
+    whole = collect(make_objective("srpo", mask="response"), *script)
+    assert whole.drawn == apart.drawn
+    assert whole.tree == apart.tree
+    (base, reset), (_, suffix) = whole.groups, apart.groups
+    assert base.suffixes[1].tolist() == apart.groups[0].suffixes[1].tolist()
+    kept = suffix.prefix[len(base.prefix) :]
+    assert decode(kept) == "".join(LINES[:2])
+    assert reset.prefix.tolist() == base.prefix.tolist()
+    seed = apart.rounds.calls[0].drawn.behavior_logps[0, 0, : len(kept)]
+    for row in range(4):
+        assert reset.suffixes[row].tolist() == [*kept.tolist(), *suffix.suffixes[row].tolist()]
+        np.testing.assert_array_equal(
+            reset.behavior_logps[row], np.concatenate([seed, suffix.behavior_logps[row]])
+        )
+
+
+def test_seeds_are_left_out_of_the_base_group_or_not_whatever_the_method():
+    script = {0: "2SSSS", 2: "S1S1"}, {(0, 1, 0): "\\boxed{2}"}
+    dropped = collect(make_objective("srpo", drop_seeds=True), *script)
+    assert_group(dropped.groups[0], "SSSS", together=0)
+    assert [row["reward"] for row in dropped.tree["seeds"]] == [0]
+    paper = make_objective("srpo", method="paper", drop_seeds=False)
+    kept = collect(paper, {0: "2SSS", 2: "S1S1"}, script[1])
+    assert_group(kept.groups[0], "2SSS", together=0)
+
+
 @pytest.mark.parametrize("answer", ["", "\\boxed{0}", "\\boxed{5}", "no idea", "\\boxed{1}"])
 def test_an_answer_that_names_no_step_keeps_nothing(answer):
     run = collect(SRPO, {0: "S4SS", 2: "SSSS"}, answer)

@@ -364,17 +364,19 @@ class _Step:
         self, n: int, rollouts: list[Rollout], *, normalized_with: int, start: _Start | None = None
     ) -> None:
         first, seed = rollouts[0], None if start is None else start.seed
+        prompt, prefix = self.prompts[n].tokens, first.round.prefixes[first.group]
+        own = start is not None and start.snapshot is not None  # the policy wrote what is kept
+        whole = own and self.objective.mask == "response"
         group = Group(
             prompt=n,
-            prefix=first.round.prefixes[first.group],
-            suffixes=[r.drawn for r in rollouts],
-            behavior_logps=[r.logps for r in rollouts],
+            prefix=prompt if whole else prefix,
+            suffixes=[r.response if whole else r.drawn for r in rollouts],
+            behavior_logps=[self.logps(r) if whole else r.logps for r in rollouts],
             rewards=np.array([r.reward for r in rollouts]),
             cut=np.array([r.cut for r in rollouts]),
             normalized_with=normalized_with,
             reset_step=None if start is None else start.step,
-            # Written steps are of no rollout that learns.
-            parent=seed if start is not None and start.snapshot is not None else None,
+            parent=seed if own else None,
         )
         self.groups[n].append(group)
         self.trees[n]["groups"].append(
@@ -383,7 +385,7 @@ class _Step:
                 "reset_step": group.reset_step,
                 "parent_group": None if seed is None else seed.group,
                 "parent_row": None if seed is None else seed.row,
-                "kept": self.to.decode(group.prefix[len(self.prompts[n].tokens) :]),
+                "kept": self.to.decode(prefix[len(prompt) :]),
                 "rows": [r.as_json() for r in rollouts],
             }
         )

@@ -17,6 +17,7 @@ ObjectiveName = Literal["grpo", "rrpo", "srpo", "ladder"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
 Method = Literal["ours", "paper"]
 When = Literal["any_failure", "all_failed", "few_failed"]
+Mask = Literal["suffix", "response"]
 FEW = 1 / 4  # of a group, at most: its failures are rare
 
 
@@ -39,6 +40,7 @@ class Objective:
       max_draws: most rollouts drawn so.
       top_up: where nothing is reset, draw the reset groups' rollouts from the prompt and count them
         with the base group as one.
+      mask: what of a reset group is learnt from: what it drew (the paper), or the kept steps too.
     """
 
     rule: str | ResetRule | None
@@ -51,6 +53,7 @@ class Objective:
     drop_seeds: bool = False
     max_draws: int = 12
     top_up: bool = True
+    mask: Mask = "suffix"
 
     def find_rule(self) -> ResetRule | None:
         """The rule as a function.
@@ -91,6 +94,8 @@ def make_objective(
     rungs: int | None = None,
     when: When | None = None,
     seed_choice: Literal["first", "deepest"] | None = None,
+    drop_seeds: bool | None = None,
+    mask: Mask | None = None,
 ) -> Objective:
     """The objective of a config; None takes what the objective's name stands for.
 
@@ -103,7 +108,8 @@ def make_objective(
       ValueError: a choice that the objective doesn't have, with what to do.
     """
     base, resets, branches = parse_layout(layout)
-    choices = {"rule": rule, "rungs": rungs, "when": when, "seed_choice": seed_choice}
+    choices = {"rule": rule, "rungs": rungs, "when": when, "seed_choice": seed_choice, "mask": mask}
+    choices["drop_seeds"] = drop_seeds
     given = {key: value for key, value in choices.items() if value is not None}
     found = extensions.find(name, dict.fromkeys(OBJECTIVES), "objective")
     if found is not None:
@@ -119,21 +125,23 @@ def make_objective(
             raise ValueError(f"objective=grpo has no resets, but reset got {given}; leave them out")
         return Objective(rule=None, base=base + resets * branches, top_up=False)
     if name == "ladder":
-        if method == "paper" or base == 0:
+        if method == "paper" or base == 0 or drop_seeds:
             raise ValueError(
-                f"objective=ladder with method={method}, layout={layout}: the ladder is ours and "
-                "starts from a base group; use method=ours and a layout such as 4+4"
+                f"objective=ladder with method={method}, drop_seeds={drop_seeds}, layout={layout}: the "
+                "ladder is ours and climbs from a base group that holds its seeds; use method=ours and a "
+                "layout such as 4+4"
             )
         ladder = {"rule": "self", "rungs": 3, "when": "all_failed", "seed_choice": "deepest"}
         sizes = {"base": base, "resets": resets, "branches": branches}
         return Objective(**sizes, top_up=False, **ladder | given)  # type: ignore[arg-type]
     if rungs not in (None, 1):
         raise ValueError(f"reset.rungs={rungs}: {name} resets once; use objective=ladder for more")
-    drop_seeds = method == "paper" or base == 0
+    if drop_seeds is None or base == 0:
+        drop_seeds = method == "paper" or base == 0
     if drop_seeds and (when not in (None, "any_failure") or seed_choice == "deepest"):
         raise ValueError(
-            f"reset.when={when}, reset.seed_choice={seed_choice}: with method=paper, or a layout "
-            "without a base group, the first failures drawn are reset; leave both out"
+            f"reset.when={when}, reset.seed_choice={seed_choice}: with method=paper, reset.drop_seeds or a "
+            "layout without a base group, the first failures drawn are reset; leave both out"
         )
     return Objective(
         rule=rule or ("self" if name == "srpo" else "random"),
@@ -144,6 +152,7 @@ def make_objective(
         seed_choice=seed_choice or "first",
         drop_seeds=drop_seeds,
         max_draws=3 * (base + resets * branches) // 2,
+        mask=mask or "suffix",
     )
 
 
