@@ -202,14 +202,14 @@ REFUSED = [
     ),
     math(
         "data.path=long.jsonl data.overlong=refuse",
-        "1 of 1 prompts exceed sampling.max_prompt_tokens=640",
+        "1 of 1 prompts exceed sampling.max_prompt_tokens=384",
         "long:2",
         "data.overlong=drop",
     ),
     math(
         "sampling.max_prompt_tokens=9",
         "all 2 prompts",
-        "max_prompt_tokens=9 (the shortest has 159",
+        "max_prompt_tokens=9 (the shortest has 111",
         "raise the limit",
     ),
     math("task.solve_prompt=none.txt", "solve_prompt: no such file: none.txt"),
@@ -233,7 +233,7 @@ REFUSED = [
     math("model.path=./mute", "mute holds no tokenizer", "copy the model's there"),
     math("model.path=./small", "330 ids", "vocabulary 320", "another model's tokenizer?"),
     math("model.path=./qwen4", "qwen4/config.json", "'qwen4' is not supported", "Qwen2ForCausalLM"),
-    math("model.path=./words", "delimiter", "'\\n'"),
+    math("model.path=./words", "delimiter", "'\\n\\n'"),
     # the run folder
     chain("run.dir=a-file/run", "run.dir", "a-file/run can't be written", "name another folder"),
     chain("run.dir=gs://bucket/run", "run: dir gs://bucket/run", "mount the bucket"),
