@@ -68,9 +68,11 @@ def preview(config: Config, console: Console, *, count: int = 2, sample: bool = 
         for n, prompt in enumerate(prompts):
             show_prompt(experiment, prompt, console)
             _show_response(experiment, sampler, round_, n, prompt, console, step)
-            _show_verdict(
+            failed = _show_verdict(
                 experiment, prompt, items[n][1], float(scores.rewards[n]), errors.get(n), console
             )
+            if failed and "ask" in experiment.objective.needs:
+                _show_question(experiment, sampler, round_.response(n, 0), prompt, console)
 
 
 def show_prompt(experiment: Experiment, prompt: Prompt, console: Console) -> None:
@@ -163,7 +165,8 @@ def _show_verdict(
     reward: float,
     error: str | None,
     console: Console,
-) -> None:
+) -> bool:
+    """The reward and what speaks for or against it; returns whether the response failed."""
     problem, task = prompt.problem, experiment.task
     there = task.answer_marker in text
     failed = reward < experiment.config.task.failed_below
@@ -176,6 +179,28 @@ def _show_verdict(
     color = "red" if failed else "green"
     console.print(", ".join(words), style=color, markup=False, soft_wrap=True)
     console.print()
+    return failed
+
+
+def _show_question(
+    experiment: Experiment, sampler: Sampler, response: np.ndarray, prompt: Prompt, console: Console
+) -> None:
+    """What the policy would be asked about this failure."""
+    asking, ask = experiment.asking, experiment.config.reset.localizer
+    end = experiment.task.delimiter.strip()
+    texts = [experiment.decode(response[a:b]).strip() for a, b in sampler.steps(response)]
+    if not texts:
+        console.print("it has no step, so it isn't reset", style="dim")
+        return
+    put = asking.inline_question if ask.mode == "inline" else asking.question
+    tokens = put(prompt.problem, [text.removesuffix(end).strip() for text in texts])
+    console.print(
+        f"where it went wrong would be asked in {len(tokens)} tokens of at most "
+        f"reset.localizer.max_question_tokens={ask.max_question_tokens}:",
+        style="bold",
+        soft_wrap=True,
+    )
+    console.print(_colored(asking.tokenizer, tokens), style="dim", soft_wrap=True)
 
 
 def _colored(tokenizer: Any, tokens: Sequence[int] | np.ndarray, *, quoted: bool = False) -> Text:
