@@ -123,6 +123,14 @@ class Config(Section):
                 "task.delimiter and task.answer_marker: task.name=chain writes one step a line and its "
                 "answer in \\boxed{}; leave them out"
             )
+        lines, most = self.task.max_terms, self.sampling.max_steps
+        if name == "chain" and lines + 1 > most:
+            raise ValueError(
+                f"task.max_terms={lines}: {lines} lines and the answer are {lines + 1} steps, but "
+                f"sampling.max_steps={most}; set it to {lines + 1} (and leave room: with letters as tokens "
+                f"sampling.max_prompt_tokens={2 * lines + 1} and sampling.max_response_tokens="
+                f"{5 * lines + self.sampling.max_step_tokens})"
+            )
         if name == "math" and self.model.path is None:
             raise ValueError(
                 "model.path is null, but task.name=math needs a pretrained policy: name a folder"

@@ -42,7 +42,7 @@ class Example(Section):
 # Keys of the section `task` that tasks of ours take as arguments, each those that it knows.
 ARGUMENTS = (
     *("solve_prompt", "localize_prompt", "inline_prompt", "processes", "cpu_seconds"),
-    *("min_terms", "max_terms", "modulus", "mistakes"),
+    *("min_terms", "max_terms", "modulus", "mistakes", "misread", "strict"),
 )
 
 
@@ -83,9 +83,15 @@ class TaskConfig(Section):
     )
     inline_prompt: str | None = Field(None, description="the same for that question asked inline")
     min_terms: int = Field(3, ge=2, description="chain: fewest numbers in a sum")
-    max_terms: int = Field(8, le=9, description="chain: most numbers in a sum")
+    max_terms: int = Field(8, le=26, description="chain: most numbers in a sum")
     modulus: int = Field(10, ge=2, le=10, description="chain: sums are modulo this")
     mistakes: float = Field(0.08, ge=0, lt=1, description="chain: errors in demonstrations")
+    misread: NonNegativeInt = Field(
+        0, description="chain: most demonstrations take the numbers from 1 to this for one more"
+    )
+    strict: bool = Field(
+        False, description="chain: each step must be right, else only the boxed sum"
+    )
     processes: PositiveInt = Field(2, description="answer-checking processes")
     cpu_seconds: PositiveFloat = Field(5.0, description="deadline of one answer")
     date: datetime.date | None = Field(
@@ -136,6 +142,11 @@ class TaskConfig(Section):
         if self.min_terms > self.max_terms:
             raise ValueError(
                 f"min_terms {self.min_terms} must not exceed max_terms {self.max_terms}"
+            )
+        if self.misread >= self.modulus:
+            raise ValueError(
+                f"misread {self.misread} must be under modulus {self.modulus}: it is the largest number "
+                "that demonstrations misread"
             )
         return self
 

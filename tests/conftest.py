@@ -32,7 +32,7 @@ from jaxreset.tasks.chain import TOKENIZER
 jax.config.update("jax_num_cpu_devices", 8)
 
 TINY = DecoderConfig(
-    vocab=28,
+    vocab=45,
     layers=2,
     width=32,
     heads=4,
@@ -93,7 +93,7 @@ def hasty():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """The chain task's: 28 tokens, characters but for `\\boxed{`."""
+    """The chain task's: 45 tokens, characters but for `\\boxed{`."""
     return AutoTokenizer.from_pretrained(TOKENIZER)
 
 

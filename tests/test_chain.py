@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from jaxreset.config_file import load_config
 from jaxreset.steps import replay, split_steps
 from jaxreset.tasks.base import Problem
 from jaxreset.tasks.chain import ChainTask
+from jaxreset.tasks.chain_problems import LETTERS
 from jaxreset.tasks.localization import Answer, parse_answer
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -76,7 +79,7 @@ def test_lengths_and_digits_are_those_asked_for():
 @given(problem=problems)
 def test_questions_are_lettered_numbers_and_answers_their_sum(problem):
     letters, numbers = problem.question[::2], problem.question[1::2]
-    assert letters == "abcdefghi"[: len(numbers)]
+    assert letters == "abcdefgh"[: len(numbers)]
     assert problem.answer == str(sum(map(int, numbers)) % 10)
     assert TASK.prompt(problem) == problem.question + "\n"
 
@@ -90,9 +93,41 @@ def test_too_few_questions_for_both_splits_are_refused():
         task.problems("test", 5)
 
 
-def test_more_terms_than_letters_are_refused():
-    with pytest.raises(ValueError, match="max_terms"):
-        ChainTask(min_terms=10, max_terms=12)
+LONG = ChainTask(min_terms=26, max_terms=26, modulus=7)
+
+
+def test_a_chain_has_up_to_26_numbers():
+    [problem] = LONG.problems("train", 1)
+    assert problem.question[::2] == "abcdefghijklmnopqrstuvwxyz"
+    lines = LONG.solution(problem)
+    assert len(lines) == 27
+    assert lines[25:] == [
+        f"z{problem.question[-1]}={problem.answer}",
+        f"\\boxed{{{problem.answer}}}",
+    ]
+    assert LONG.first_wrong_step(problem, [*lines[:20], "u0=0", *lines[21:]]) == 21
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"max_terms": 27}, "max_terms=27: expected 1 <= min_terms <= max_terms <= 26, a letter"),
+        ({"min_terms": 9}, "min_terms=9, max_terms=8: expected"),
+        ({"min_terms": 0}, "min_terms=0"),
+        ({"modulus": 11}, "modulus=11: expected 2 to 10"),
+        ({"mistakes": 1.5}, "mistakes=1.5: expected a share of the sums, 0 to 1"),
+        ({"mistakes": -0.1}, "mistakes=-0.1"),
+        (
+            {"misread": 5, "modulus": 5},
+            "misread=5: expected 0 to 4, the largest number with modulus=5",
+        ),
+        ({"misread": -1}, "misread=-1: expected 0 to 9"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused_by_name(settings, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        ChainTask(**settings)
 
 
 # ---- the checker ----
@@ -134,6 +169,47 @@ def test_solutions_score_one_and_planted_errors_are_found(problem, step, offset)
 )
 def test_scores(text, reward):
     assert TASK.score([(PROBLEMS[0], text)]).rewards.tolist() == [reward]
+
+
+STRICT = dataclasses.replace(TASK, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("a3=3\nb8=1\nc5=6\n\\boxed{6}\n", 1),
+        ("a3=3\nb8=1\nc5=6\n\\boxed{6}", 1),
+        (" a3=3\nb8=1 \nc5=6\n\\boxed{6}\n", 1),  # space around a step is nothing wrong
+        ("\\boxed{6}\n", 0),  # a guess
+        ("a3=4\nb8=2\nc5=6\n\\boxed{6}\n", 0),  # two errors that cancel
+        ("a3=3\nb8=2\nc5=6\n\\boxed{6}\n", 0),
+        ("a3=3\nc5=6\n\\boxed{6}\n", 0),  # a step left out
+        ("a3=3\n\nb8=1\nc5=6\n\\boxed{6}\n", 0),
+        ("a3=3\nb8=1\nc5=6\nd0=6\n\\boxed{6}\n", 0),
+        ("a3=3\nb8=1\nc5=6\n\\boxed{7}\n", 0),
+        ("a3=3\nb8=1\nc5=6\n", 0),
+        ("", 0),
+    ],
+)
+def test_strict_scores(text, reward):
+    assert STRICT.score([(PROBLEMS[0], text)]).rewards.tolist() == [reward]
+
+
+@repeatable
+@given(problem=problems, changed=st.dictionaries(st.integers(1, 8), st.integers(0, 9), max_size=2))
+def test_a_strict_reward_is_one_where_no_step_is_wrong(problem, changed):
+    """Sums are replaced by any number, itself among them; the answer stays right."""
+    right = TASK.solution(problem)
+    lines = list(right)
+    for step, number in changed.items():
+        step = min(step, len(right) - 1)
+        lines[step - 1] = f"{lines[step - 1][:-1]}{number}"
+    item = problem, "".join(f"{line}\n" for line in lines)
+    assert TASK.score([item]).rewards.tolist() == [1]
+    assert STRICT.score([item]).rewards.tolist() == [lines == right]
+    wrong = STRICT.first_wrong_step(problem, lines)
+    assert lines[: wrong - 1] == right[: wrong - 1]
+    assert (lines[wrong - 1] == right[wrong - 1]) == (lines == right)
 
 
 def test_scores_keep_the_order_of_their_items():
@@ -275,6 +351,33 @@ def test_a_mistake_is_always_a_wrong_sum():
             assert (before + number) % 10 != after
 
 
+def test_misread_numbers_are_mostly_taken_for_one_more():
+    task, generator = ChainTask(modulus=5, mistakes=0.1, misread=2), rng()
+    off = {number: Counter() for number in range(5)}
+    for problem in task.problems("train", 1500):
+        totals = [0, *(int(line[-1]) for line in task.solution(problem, rng=generator)[:-1])]
+        numbers = map(int, problem.question[1::2])
+        for (before, after), number in zip(itertools.pairwise(totals), numbers, strict=True):
+            off[number][(after - before - number) % 5] += 1
+    for number, counts in off.items():
+        misread = number in (1, 2)
+        share = counts[1] / counts.total()
+        assert share == pytest.approx(0.65 + 0.35 * 0.025 if misread else 0.025, abs=0.03)
+        assert set(counts) == set(range(5))  # other mistakes are made too
+        assert (counts.most_common(1)[0][0] == 1) == misread
+
+
+def test_demonstrations_are_those_of_earlier_versions():
+    """Of the same random numbers, where the settings are: a warm start can be repeated."""
+    careless = ChainTask(mistakes=0.3)
+    drawn = [careless.solution(p, rng=rng(i)) for i, p in enumerate(careless.problems("train", 3))]
+    assert [" ".join(line[3:] for line in lines[:-1]) for lines in drawn] == [
+        "6 4 7 0 0 0 0 1",
+        "5 2 9 9 0",
+        "3 4 9 3 1 3 4 7",
+    ]
+
+
 def test_a_solution_without_mistakes_is_the_solution():
     assert ChainTask(mistakes=0.0).solution(PROBLEMS[0], rng=rng()) == TASK.solution(PROBLEMS[0])
 
@@ -284,7 +387,7 @@ def test_a_solution_without_mistakes_is_the_solution():
 
 def test_demonstrations_round_trip_and_their_lines_are_the_steps():
     unknown = CHAIN_TOKENIZER.unk_token_id
-    task = ChainTask(max_terms=9, mistakes=0.3)
+    task = ChainTask(max_terms=26, mistakes=0.3, misread=3)
     for problem, prompt, completion in [*solutions(60, task), *localizations(60, task)]:
         for text in (prompt, completion):
             tokens = encode(text)
@@ -302,6 +405,16 @@ def test_demonstrations_round_trip_and_their_lines_are_the_steps():
             assert not replay(AUTOMATON, before_the_answer, max_step_tokens=16).answered
 
 
+def test_each_letter_and_digit_is_a_token_and_the_box_is_one():
+    assert len(CHAIN_TOKENIZER) == 45
+    for text in (LETTERS, "0123456789", "=:?}\n"):
+        assert [decode(t) for t in encode(text)] == list(text)
+    # Where older policies have them; what is spelled with letters that were added since is still one.
+    assert encode("ai0=\\boxed{4}").tolist() == [14, 22, 4, 23, 26, 8, 27]
+    assert encode("jz").tolist() == [28, 44]
+    assert encode("bxe").tolist() == [15, 42, 18]
+
+
 def test_eos_is_a_token_of_its_own_and_leaves_no_text():
     tokens = encode("a3=3\n<eos>")
     assert tokens[-1] == CHAIN_TOKENIZER.eos_token_id
@@ -311,7 +424,7 @@ def test_eos_is_a_token_of_its_own_and_leaves_no_text():
 def test_the_quickstart_has_room_for_the_longest_prompt_response_and_question():
     config = load_config(QUICKSTART)
     longest = config.task.max_terms
-    problem = Problem("longest", "".join(f"{c}9" for c in "abcdefghi"[:longest]), "0")
+    problem = Problem("longest", "".join(f"{c}9" for c in LETTERS[:longest]), "0")
     solution = TASK.solution(problem)
     response = "".join(f"{line}\n" for line in solution)
     limits = config.sampling

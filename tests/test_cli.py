@@ -72,7 +72,7 @@ def model(tokenizer, tmp_path_factory):
     """A folder with a tiny policy for the chain task."""
     folder = tmp_path_factory.mktemp("policy") / "model"
     sizes = DecoderConfig(
-        vocab=28, layers=2, width=32, heads=2, kv_heads=2, head_dim=16, mlp=48, qk_norm=True
+        vocab=45, layers=2, width=32, heads=2, kv_heads=2, head_dim=16, mlp=48, qk_norm=True
     )
     random_policy(sizes, tokenizer).export(folder)
     return folder

@@ -79,7 +79,7 @@ def test_a_question_behind_a_snapshot_equals_one_prompt(
         (QUESTIONS[:3], "questions: 3, expected one for each of 4 snapshots"),
         ([*QUESTIONS[:3], []], "questions: of 0 to 8 tokens, expected 1 to question_tokens=8"),
         ([*QUESTIONS[:3], [2] * 9], "questions: of 1 to 9 tokens, expected 1 to question_tokens=8"),
-        ([*QUESTIONS[:3], [28]], "number 3 has ids from 28 to 28, expected 0 to 27"),
+        ([*QUESTIONS[:3], [45]], "number 3 has ids from 45 to 45, expected 0 to 44"),
     ],
 )
 def test_questions_that_cannot_be_asked_are_refused(

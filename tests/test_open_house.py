@@ -28,7 +28,7 @@ TINY = """
     checkpoint.every_steps=2
 """
 TIMES = ("time/", "seconds", "compiles")
-NAMES = "strict_sums", "brevity", "last_step", "ranks", "gspo", "stop_early"
+NAMES = "sorting", "brevity", "last_step", "ranks", "gspo", "stop_early"
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def tiny(folder, *overrides):
 
 def objects(house):
     return {
-        "task": house["strict_sums"].StrictSums(min_terms=3, max_terms=5, modulus=5),
+        "task": house["sorting"].Sorting(size=4),
         "reward": {"correct": "task", "brief": (house["brevity"].brief, 0.1)},
         "rule": house["last_step"].last_step,
         "advantage": house["ranks"].ranked,
@@ -112,7 +112,7 @@ def test_six_files_named_in_a_config_train_and_as_objects_give_the_same(house, t
     ):
         np.testing.assert_array_equal(one, other)
     saved, theirs = open_run(tmp_path / "handed").config, run.config
-    assert saved.task.name == theirs.task.name == "strict_sums:StrictSums"
+    assert saved.task.name == theirs.task.name == "sorting:Sorting"
     assert (saved.reset, saved.loss, saved.run.callbacks) == (
         theirs.reset,
         theirs.loss,

@@ -149,6 +149,15 @@ REFUSED = [
     chain("loss.clip=-0.2", "error: loss.clip: Input should be", "greater than 0", "got -0.2"),
     chain("seed=4294967296", "seed", "less than 4294967296", "got 4294967296"),
     chain("task.min_terms=9 task.max_terms=4", "min_terms 9 must not exceed max_terms 4"),
+    chain("task.max_terms=27", "task.max_terms", "less than or equal to 26", "got 27"),
+    chain("task.strict=often", "task.strict", "valid boolean", "got 'often'"),
+    chain("task.misread=-1", "task.misread", "greater than or equal to 0", "got -1"),
+    chain("task.misread=5 task.modulus=5", "task: misread 5 must be under modulus 5"),
+    chain(
+        "task.max_terms=26",
+        "task.max_terms=26: 26 lines and the answer are 27 steps, but sampling.max_steps=20",
+        "sampling.max_prompt_tokens=53 and sampling.max_response_tokens=142)",
+    ),
     chain("model.fresh.width=128 model.fresh.heads=3", "model.fresh: width 128", "heads 3"),
     chain(
         "sampling.max_step_tokens=65 sampling.max_response_tokens=64",

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY
 from flax import nnx
 from scipy import stats
 
@@ -23,7 +24,7 @@ from jaxreset.sampling.sampler import Sampler
 from jaxreset.spelling import token_bytes
 from jaxreset.steps import build_automaton
 
-VOCAB = 28
+VOCAB = TINY.vocab
 CUTS = 200
 NEAR_TIE = 1e-4
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
@@ -512,7 +513,7 @@ def test_snapshots_belong_to_the_weights_that_drew_them(policy32, sampler):
 def test_a_policy_of_another_vocabulary_is_refused(policy32, sampler):
     wider = dataclasses.replace(policy32, config=dataclasses.replace(policy32.config, vocab=40))
     with pytest.raises(
-        ValueError, match="its vocabulary is 40, the sampler's step table is for 28"
+        ValueError, match="its vocabulary is 40, the sampler's step table is for 45"
     ):
         sampler.sample(wider, [[5, 6]], rows=4, stream=Stream(0))
 

@@ -41,7 +41,7 @@ from jaxreset.sampling.rounds import Stream
 
 pytestmark = pytest.mark.slow
 
-VOCAB, ROWS, PREFIX, SUFFIX = 28, 4, 9, 6
+VOCAB, ROWS, PREFIX, SUFFIX = TINY.vocab, 4, 9, 6
 SMALL, LARGE = PackShape(4, ROWS, PREFIX, SUFFIX), PackShape(8, ROWS, PREFIX, SUFFIX)
 ROOMY = PackShape(
     2, 5, 3 * PREFIX, 3 * SUFFIX

@@ -12,6 +12,8 @@ from jaxreset.planning.footprint import estimated, here, phases
 from jaxreset.planning.table import memory_table
 from jaxreset.run.experiment import Experiment
 from jaxreset.run.preview import show_prompt
+from jaxreset.tasks.base import Task
+from jaxreset.tasks.chain import ChainTask
 
 
 def describe(config: Config, console: Console) -> None:
@@ -63,4 +65,19 @@ def describe(config: Config, console: Console) -> None:
             f"  ungradable          {experiment.problems.ungradable:,} more left out: their answers "
             "(proof, not found, NaN) can't be compared"
         )
+    if (rate := base_rate(config, experiment.task)) is not None:
+        console.print(rate)
     experiment.close()
+
+
+def base_rate(config: Config, task: Task) -> str | None:
+    """What a warm start on the embedded task will come to; None: that can't be told."""
+    if type(task) is not ChainTask or not config.warm_start.steps or config.task.reward is not None:
+        return None
+    rates = [task.predicted_accuracy(greedy=greedy) for greedy in (False, True)]
+    sampled, greedy = (f"{rate:.0%}" if rate >= 0.01 else f"{rate:.1g}" for rate in rates)
+    return (
+        f"base rate             about {sampled} sampled at temperature 1, {greedy} greedily, after a warm "
+        f"start that imitates exactly (predicted from task.mistakes={task.mistakes} and "
+        f"task.misread={task.misread})"
+    )

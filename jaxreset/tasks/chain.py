@@ -16,79 +16,25 @@ the first where they differ.
 
 A problem needs no file, and the checker knows the first wrong step. The demonstrations make
 mistakes and carry them on, so a policy that imitates them errs at a chosen rate at every step:
-what resets are for.
+what resets are for. How often it solves a problem follows from the settings, from nearly always to
+one in billions (`chain_base_rate`).
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from itertools import chain, product
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from jaxreset.tasks.base import Item, Problem, Scores, Task
+from jaxreset.tasks.chain_base_rate import MISREAD_RATE, predicted_accuracy
+from jaxreset.tasks.chain_problems import LETTERS, ChainProblems
 
-LETTERS = "abcdefghi"
 TOKENIZER = Path(str(resources.files("jaxreset.tasks") / "chain_tokenizer"))
-
-
-class ChainProblems(Sequence[Problem]):
-    """Generated problems; number i is always the same, and no question is in both splits.
-
-    Args:
-      split: `"train"` or `"test"`.
-      size: how many.
-      min_terms, max_terms: numbers added, drawn uniformly.
-      modulus: of the numbers and the sum.
-
-    Raises:
-      ValueError: there are so few questions that none is in the split.
-    """
-
-    def __init__(
-        self,
-        split: Literal["train", "test"],
-        size: int,
-        *,
-        min_terms: int,
-        max_terms: int,
-        modulus: int,
-    ):
-        self.split, self.size = split, size
-        self.min_terms, self.max_terms, self.modulus = min_terms, max_terms, modulus
-        counts = range(min_terms, max_terms + 1)
-        every = chain.from_iterable(product(range(modulus), repeat=n) for n in counts)
-        if not any(self._holds(_question(terms)) for terms in every):
-            raise ValueError(
-                f"min_terms={min_terms}, max_terms={max_terms}, modulus={modulus}: none of the "
-                f"{sum(modulus**n for n in counts)} questions is in the {split} split; allow more numbers "
-                "or a larger modulus"
-            )
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> Problem:  # type: ignore[override]
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        rng = np.random.default_rng((index, self.split == "test"))
-        while True:
-            terms = rng.integers(0, self.modulus, rng.integers(self.min_terms, self.max_terms + 1))
-            if self._holds(question := _question(terms)):
-                answer = str(int(terms.sum()) % self.modulus)
-                return Problem(f"{self.split}:{index}", question, answer)
-
-    def _holds(self, question: str) -> bool:
-        return (zlib.crc32(question.encode()) % 10 == 0) == (self.split == "test")
-
-
-def _question(terms: Iterable[int]) -> str:
-    return "".join(f"{letter}{n}" for letter, n in zip(LETTERS, terms, strict=False))
 
 
 @dataclass(frozen=True)
@@ -96,15 +42,19 @@ class ChainTask(Task):
     """Prompts, demonstrations and checker of the running sums.
 
     Attributes:
-      min_terms, max_terms: numbers in a problem.
+      min_terms, max_terms: numbers in a problem, 1 to 26.
       modulus: of the numbers and their sum, 2 to 10.
-      mistakes: the share of sums that go wrong in demonstrations.
+      mistakes: the share of sums that go wrong in demonstrations, by any amount.
+      misread: the numbers 1 to this are taken for one more in most demonstrations (`MISREAD_RATE`).
+      strict: every step must be right for the reward; else the boxed sum is all that counts.
     """
 
     min_terms: int = 3
     max_terms: int = 8
     modulus: int = 10
     mistakes: float = 0.08
+    misread: int = 0
+    strict: bool = False
     name: str = "chain"
     delimiter: str = "\n"
     answer_marker: str = "\\boxed{"
@@ -118,6 +68,13 @@ class ChainTask(Task):
         if not 2 <= self.modulus <= 10:
             raise ValueError(
                 f"modulus={self.modulus}: expected 2 to 10, so that numbers are digits"
+            )
+        if not 0 <= self.mistakes <= 1:
+            raise ValueError(f"mistakes={self.mistakes}: expected a share of the sums, 0 to 1")
+        if not 0 <= self.misread < self.modulus:
+            raise ValueError(
+                f"misread={self.misread}: expected 0 to {self.modulus - 1}, the largest number with "
+                f"modulus={self.modulus}"
             )
 
     def problems(self, split: Literal["train", "test"], size: int) -> ChainProblems:
@@ -144,12 +101,15 @@ class ChainTask(Task):
         return "?\n"
 
     def score(self, items: Sequence[Item]) -> Scores:
-        """1 where the last line is the boxed sum, else 0; the lines before it don't count."""
-        right = [
-            text.rstrip("\n").rpartition("\n")[2] == f"\\boxed{{{problem.answer}}}"
-            for problem, text in items
-        ]
+        """1 where the last line is the boxed sum, and where `strict` each line before it right; else 0."""
+        right = [self._is_right(problem, text.rstrip("\n")) for problem, text in items]
         return Scores(np.array(right, np.float64), ())
+
+    def _is_right(self, problem: Problem, response: str) -> bool:
+        lines = response.split("\n")
+        if lines[-1] != f"\\boxed{{{problem.answer}}}":
+            return False
+        return not self.strict or [line.strip() for line in lines] == self.solution(problem)
 
     def first_wrong_step(self, problem: Problem, steps: Sequence[str]) -> int | None:
         """The first step that isn't the one right step there; the last where all are right."""
@@ -160,14 +120,32 @@ class ChainTask(Task):
         return max(len(steps), 1)
 
     def solution(self, problem: Problem, *, rng: np.random.Generator | None = None) -> list[str]:
-        """The steps of a solution; with `rng`, each sum errs with probability `mistakes`."""
+        """The steps of a solution; with `rng`, sums go wrong as in demonstrations."""
         total, lines = 0, []
         for letter, number in zip(problem.question[::2], problem.question[1::2], strict=True):
             total = (total + int(number)) % self.modulus
-            if rng is not None and rng.random() < self.mistakes:
-                total = int(total + rng.integers(1, self.modulus)) % self.modulus
+            if rng is not None:
+                total = (total + self._slip(int(number), rng)) % self.modulus
             lines.append(f"{letter}{number}={total}")
         return [*lines, f"\\boxed{{{total}}}"]
+
+    def _slip(self, number: int, rng: np.random.Generator) -> int:
+        """By how much the sum is off after this number; later sums carry it on."""
+        if 1 <= number <= self.misread and rng.random() < MISREAD_RATE:
+            return 1
+        return int(rng.integers(1, self.modulus)) if rng.random() < self.mistakes else 0
+
+    def predicted_accuracy(self, *, greedy: bool = False) -> float:
+        """The share of problems solved by a policy that imitates the demonstrations exactly."""
+        return predicted_accuracy(
+            min_terms=self.min_terms,
+            max_terms=self.max_terms,
+            modulus=self.modulus,
+            mistakes=self.mistakes,
+            misread=self.misread,
+            strict=self.strict,
+            greedy=greedy,
+        )
 
     def demonstrate_solution(self, problem: Problem, rng: np.random.Generator) -> tuple[str, str]:
         """A (prompt, completion) to imitate, mistakes included."""
