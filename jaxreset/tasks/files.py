@@ -105,8 +105,8 @@ def _json_list(path: Path) -> Iterator[Row]:
     at, line, counted = _skip(text, 0), 1, 0
     if text[at : at + 1] != "[":
         raise ValueError(f"{path}: begins with {brief(text[at : at + 20])}; {expected}")
-    at = _skip(text, at + 1)
-    closed, number = text[at : at + 1] == "]", 0
+    at, number = _skip(text, at + 1), 0
+    closed = text[at : at + 1] == "]"
     while not closed:
         number += 1
         line, counted = line + text.count("\n", counted, at), at
@@ -121,8 +121,8 @@ def _json_list(path: Path) -> Iterator[Row]:
         if not closed and text[at : at + 1] != ",":
             found = brief(text[at : at + 20]) if at < len(text) else "nothing"
             raise ValueError(f"{path}, {place}: followed by {found}; expected ',' or ']'")
-        at = _skip(text, at + 1)
-    if at < len(text):
+        at = at if closed else _skip(text, at + 1)
+    if (at := _skip(text, at + 1)) < len(text):
         raise ValueError(f"{path}: {brief(text[at : at + 20])} behind the list; {expected}")
 
 

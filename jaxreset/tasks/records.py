@@ -174,9 +174,10 @@ def as_written(value: Any, field: str) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if (number := written_out(value)) is not None:
-        whole, point, behind = number.partition(".")
+        whole, _, behind = number.partition(".")
         behind = behind.rstrip("0")
-        return (f"{whole}.{behind}" if point and behind else whole) or "nan"
+        short = f"{whole}.{behind}" if behind else whole
+        return "0" if short == "-0" else short or "nan"
     if not isinstance(value, str):
         raise ValueError(f"where: field {field!r} is {brief(value)}; expected a text or a number")
     return value.strip()

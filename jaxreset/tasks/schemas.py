@@ -11,7 +11,8 @@ The answer is the first of these, and how it is read depends on nothing but its 
 1. `answer`, `Answer`: beside `question` a solution that ends in `#### 72` or holds `\boxed{72}`, or a bare
    number; beside `problem` and `prompt` it is final as it stands, too;
 2. `expected_answer`, `ground_truth`, `reward_model.ground_truth`: final as it stands;
-3. `solution`, `Solution`: its last `\boxed{…}`; beside `prompt` it may be one number or one `$formula$`;
+3. `solution`, `Solution`: its last `\boxed{…}`, without which the record is left out, like a proof;
+   beside `prompt` it may be one number or one `$formula$`;
 4. `completion`: text, or messages of the assistant, read as a solution.
 
 Where an answer is final as it stands, a `\boxed{…}` or a `####` in it is followed all the same.
@@ -66,9 +67,9 @@ def read_problem(record: Mapping[str, Any]) -> Problem:
     if answer is None:
         answer = _as_it_stands(asked, field, written)
     if not answer:
-        raise ValueError(
-            f"no final answer in field {field!r}, {brief(written)}; expected {expected}"
-        )
+        # A solution without one may be a proof, of which NuminaMath has many.
+        kind = UngradableError if field in _SOLUTIONS else ValueError
+        raise kind(f"no final answer in field {field!r}, {brief(written)}; expected {expected}")
     if not is_gradable(answer):
         raise UngradableError(
             f"field {field!r} ends in {brief(answer)}, which no answer equals; expected {expected}"
