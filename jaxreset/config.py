@@ -233,6 +233,8 @@ def _filled(section: S, choices: Mapping[str, Any]) -> S:
     return section.model_copy(update=missing)
 
 
+SAME_DATA = "where problems are read, if they are the same: a run keeps their fingerprint"
+
 # The keys (or sections) that may differ where a run goes on, and why; all others may not: they would
 # change what is learnt. Equal within rounding means that a token may then be drawn otherwise.
 MAY_CHANGE: dict[str, str] = {
@@ -247,4 +249,9 @@ MAY_CHANGE: dict[str, str] = {
     "train.microbatch_tokens": "sums over the same groups in another order: equal within rounding",
     "train.remat": "activations are kept or computed again: equal within rounding",
     "train.max_nonfinite": "when it gives up",
+    "data.path": SAME_DATA,
+    "data.eval_path": SAME_DATA,
+    "data.columns": SAME_DATA,
+    "data.where": SAME_DATA,
+    "data.size": SAME_DATA,
 }

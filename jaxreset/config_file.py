@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
@@ -159,8 +159,9 @@ def _explain(error: Any) -> str:
     field = ".".join(str(p) for p in parts if p not in ("float", "tuple", "str", "bool"))
     if error["type"] == "extra_forbidden":
         section: Any = Config
-        for part in error["loc"][:-1]:
-            section = section.model_fields[part].annotation
+        for part in error["loc"][:-1]:  # a name of the user's own leads to no other section
+            found = section.model_fields.get(part)
+            section = section if found is None else _section_in(found.annotation) or section
         known = list(section.model_fields)
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
@@ -169,3 +170,10 @@ def _explain(error: Any) -> str:
     if error["type"] == "value_error":
         return f"{field}: {message}" if field else message
     return f"{field}: {message}, got {error['input']!r}"
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section that a field holds, by names of the user's own perhaps; None: it holds none."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)

@@ -17,14 +17,18 @@ from jaxreset.config_file import DUMPED, load_config
 from jaxreset.errors import ConfigError, RunError
 from jaxreset.reporting.display import Display
 from jaxreset.run.folder import RunFolder
+from jaxreset.tasks.fingerprint import Portion
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 OLDER = Path(__file__).parent / "fixtures" / "older_config.yaml"  # as the first version wrote it
 
 
+PROBLEMS = Portion("data.path", "train.jsonl", 40, "0123456789abcdef", records=40)
+
+
 def leaves(values, prefix=""):
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -39,6 +43,7 @@ def run(tmp_path):
     """A folder whose run has been saved at step 3."""
     folder = folder_of(tmp_path)
     folder.check_writable()
+    folder.keep_data([PROBLEMS])
     folder.claim()
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     return tmp_path

@@ -118,7 +118,7 @@ UNGRADABLE = (
 @pytest.mark.parametrize("answer", UNGRADABLE)
 def test_what_nothing_equals_is_left_out_and_counted(tmp_path, caplog, answer):
     with caplog.at_level(logging.WARNING, "jaxreset.tasks.records"):
-        problems, ungradable = read_file(lines(tmp_path / "some.jsonl", "1", answer, "2"))
+        problems, ungradable, _ = read_file(lines(tmp_path / "some.jsonl", "1", answer, "2"))
     assert [problem.answer for problem in problems] == ["1", "2"]
     assert [problem.id for problem in problems] == ["some:1", "some:3"]
     assert ungradable == 1
@@ -150,7 +150,7 @@ def test_what_is_no_answer_at_all_is_refused_by_line(tmp_path, answer):
 def test_numbers_that_no_line_holds_are_refused_by_line(tmp_path):
     with pytest.raises(ValueError, match=r"big.jsonl, line 1: malformed JSON \(Exceeds the limit"):
         load_problems(lines(tmp_path / "big.jsonl", "9" * 5000))
-    problems, ungradable = read_file(lines(tmp_path / "big.jsonl", "1", "1e999999999"))
+    problems, ungradable, _ = read_file(lines(tmp_path / "big.jsonl", "1", "1e999999999"))
     assert (len(problems), ungradable) == (1, 1)
     path = tmp_path / "asked.jsonl"
     path.write_text('{"question": NaN, "answer": 1}')

@@ -30,7 +30,9 @@ def shown(config, **options):
 
 @pytest.mark.usefixtures("compiled_in_haste")
 def test_the_response_is_the_first_that_the_run_draws(tmp_path):
-    config = load_config(CONFIGS / "quickstart.yaml", [*SMALL.split(), "objective=grpo", f"run.dir={tmp_path}/none"])
+    config = load_config(
+        CONFIGS / "quickstart.yaml", [*SMALL.split(), "objective=grpo", f"run.dir={tmp_path}/none"]
+    )
     text = shown(config, count=1)
     with Experiment(config) as experiment:
         prompts = experiment.prompts()

@@ -186,6 +186,42 @@ def test_a_dry_run_shows_how_many_golds_cannot_be_graded(made_up_input, tmp_path
     assert "3 more left out" in shown
 
 
+def test_a_run_on_a_mixture_goes_on_with_the_same_problems_elsewhere(made_up_input, tmp_path):
+    """Bitwise as one that was never stopped; with another problem it is refused by the file's name."""
+    lines = made_up_input.data.read_text(encoding="utf-8").splitlines(keepends=True)
+    easy, hard = tmp_path / "easy.jsonl", tmp_path / "hard.jsonl"
+    easy.write_text("".join(lines[:30]), encoding="utf-8")
+    hard.write_text("".join(lines[30:]), encoding="utf-8")
+
+    def config(folder, steps, hard):
+        files = f"data.path={{easy: {easy}, hard: {{path: {hard}, weight: 3}}}}"
+        return config_of(made_up_input, folder, "grpo", files, f"train.steps={steps}")
+
+    whole = train(config(tmp_path / "whole", 3, hard))
+    train(config(tmp_path / "run", 2, hard))
+    moved = tmp_path / "moved.json"
+    records = [json.loads(line) for line in hard.open(encoding="utf-8")]
+    moved.write_text(json.dumps(records), encoding="utf-8")
+    again = train(config(tmp_path / "run", 3, moved))
+    assert_same_params(again.policy.params, whole.policy.params)
+    for line, other in zip(again.history, whole.history, strict=True):
+        kept = [key for key in line if not key.startswith(("time/", "seconds", "compiles"))]
+        assert [line[key] for key in kept if key in other] == [other[k] for k in kept if k in other]
+    trees = {
+        tree["index"]: tree["problem"]
+        for file in (again.folder / "rollouts").iterdir()
+        for tree in map(json.loads, file.open(encoding="utf-8"))
+    }
+    sources = [name.partition(":")[0] for _, name in sorted(trees.items())]
+    assert sources.count("hard") == 9
+    assert sources.count("easy") == 3
+    moved.write_text(json.dumps(records[1:]), encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"other problems \(data.path.hard: 9 problems \(\w+, weight 3\) "
+    ):
+        train(config(tmp_path / "run", 4, moved))
+
+
 def test_a_folder_of_transformers_trains_and_exports_to_it_again(real_input, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast

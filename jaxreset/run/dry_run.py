@@ -55,19 +55,35 @@ def describe(config: Config, console: Console) -> None:
     console.print(
         f"most at once          {size_text(most.total)} of {there}, while {name}: {verdict}; estimated"
     )
-    train, test = len(experiment.problems.train), len(experiment.problems.test)
-    console.print(
-        f"problems              {train:,} to train on, {test:,} held out, "
-        f"{experiment.overlong.dropped} dropped (longest prompt {experiment.overlong.longest} tokens)"
-    )
-    if experiment.problems.ungradable:
-        console.print(
-            f"  ungradable          {experiment.problems.ungradable:,} more left out: their answers "
-            "(proof, not found, NaN) can't be compared"
-        )
+    _show_problems(experiment, console)
     if (rate := base_rate(config, experiment.task)) is not None:
         console.print(rate)
     experiment.close()
+
+
+def _show_problems(experiment: Experiment, console: Console) -> None:
+    """How many there are, and how many of the records of each file."""
+    problems, overlong = experiment.problems, experiment.overlong
+    held_out = sum(map(len, problems.test.values()))
+    console.print(
+        f"problems              {len(problems.train):,} to train on, {held_out:,} held out, "
+        f"{overlong.dropped} dropped (longest prompt {overlong.longest} tokens)"
+    )
+    for portion in problems.portions:
+        if portion.key == "task":
+            continue
+        read = "" if portion.records is None else f" of {portion.records:,} records read"
+        weight = "" if portion.weight is None else f", weight {portion.weight:g}"
+        console.print(f"  {portion.key:<19} {portion.problems:,}{read}{weight}: {portion.path}")
+    if problems.ungradable:
+        console.print(
+            f"  ungradable          {problems.ungradable:,} more left out: their answers "
+            "(proof, not found, NaN) can't be compared"
+        )
+    if problems.repeated:
+        console.print(
+            f"  repeated            {problems.repeated:,} held-out problems are trained on, too"
+        )
 
 
 def base_rate(config: Config, task: Task) -> str | None:

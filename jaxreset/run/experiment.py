@@ -56,7 +56,7 @@ class Experiment:
       config: resolved, the objects named in it by their import paths.
       objective, task, asking, sampler, collector: what it says.
       shapes: that are compiled.
-      problems: the two splits, those with overlong prompts left out.
+      problems: what is trained on, and sets that are held out; those with overlong prompts left out.
       score: rewards of (problem, response) pairs.
       callbacks: functions of a step's record and this experiment.
       stopped: why a callback ended the training; None: none did.
@@ -94,9 +94,12 @@ class Experiment:
         refuse = config.data.overlong == "refuse"
         limit = config.sampling.max_prompt_tokens
         train, overlong = fit_prompts(problems.train, asking, limit, refuse=refuse)
-        test, _ = fit_prompts(problems.test, asking, limit, refuse=refuse)
+        test = {
+            name: fit_prompts(held_out, asking, limit, refuse=refuse)[0]
+            for name, held_out in problems.test.items()
+        }
         self.problems, self.overlong = problems._replace(train=train, test=test), overlong
-        self.source = PromptSource(train, asking, seed=config.seed)
+        self.source = PromptSource(train, asking, seed=config.seed, weights=problems.weights)
 
         s = config.sampling
         self.sampler = Sampler.for_policy(
@@ -215,9 +218,10 @@ class Experiment:
         """The next prompts of the shuffled source; None: as many as a step takes."""
         return self.source.next(self.config.train.prompts_per_step if count is None else count)
 
-    def test_prompts(self) -> list[Prompt]:
-        """The held-out prompts; their numbers start at 0."""
-        test = self.problems.test
+    def test_prompts(self, name: str | None = None) -> list[Prompt]:
+        """The held-out prompts of a set, None: of the main one; their numbers start at 0."""
+        sets = self.problems.test
+        test = sets[next(iter(sets)) if name is None else name]
         problems = [test[i] for i in range(len(test))]
         return encode_prompts(problems, self.asking, range(len(test)))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from jaxreset.config import MAY_CHANGE, Config
+from jaxreset.config import MAY_CHANGE, SAME_DATA, Config
 from jaxreset.config_file import DUMPED, dump_config, run_path, saved_values
 from jaxreset.disk import writing
 from jaxreset.errors import ConfigError, RunError
@@ -18,14 +18,15 @@ from jaxreset.json_text import dumps, loads
 from jaxreset.parallel.processes import gather, is_leader
 from jaxreset.run.checkpoints import ACCURACY, saved_steps
 from jaxreset.run.lock import locked
+from jaxreset.tasks.fingerprint import Portion, differences
 from jaxreset.tasks.scoring import Record, keep_errors
 
 DATE = "task.date"
 
 
 class RunFolder:
-    """`config.yaml`, `metrics.jsonl`, `rollouts/`, `checkpoints/`, `nonfinite/` under one folder; and
-    `changes.jsonl`, where a run went on with another config.
+    """`config.yaml`, `data.json`, `metrics.jsonl`, `rollouts/`, `checkpoints/`, `nonfinite/` under one
+    folder; and `changes.jsonl`, where a run went on with another config.
 
     Of several processes one writes; what it wrote is there for the others after they waited for it.
 
@@ -41,6 +42,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.rollouts = self.path / "rollouts"
         self.nonfinite = self.path / "nonfinite"
+        self.data = self.path / "data.json"
         self.alarms = self.path / "alarms.jsonl"
         self.verifier_errors = self.path / "verifier_errors.jsonl"
         self.checkpoints = self.path / "checkpoints"
@@ -91,7 +93,9 @@ class RunFolder:
             raise ConfigError(
                 f"run.dir {self.path} holds a config.yaml that isn't a run's; name another folder"
             )
-        free = tuple(MAY_CHANGE)
+        # A run of an older version has no fingerprint of its problems: only their path says which they are.
+        known = self.data.exists()
+        free = tuple(key for key, why in MAY_CHANGE.items() if known or why is not SAME_DATA)
         if self.config.optimizer.schedule != "constant":  # it ends with the last step
             free = tuple(key for key in free if key != "train.steps")
         self._refuse_other_run(free=free)
@@ -147,6 +151,26 @@ class RunFolder:
     def check_same_policy(self) -> None:
         """Raises `ConfigError` where the folder's checkpoints are of another policy or optimizer."""
         self._refuse_other_run(only=("model", "optimizer"))
+
+    def keep_data(self, portions: Sequence[Portion]) -> None:
+        """Notes which problems the run has, before it is claimed.
+
+        Raises:
+          ConfigError: in every process, where the run in the folder has others.
+        """
+
+        def keep() -> None:
+            if self.data.exists() and saved_steps(self.checkpoints):
+                found = differences(_portions(self.data), portions)
+                if found:
+                    raise ConfigError(
+                        f"run.dir {self.path} holds a run on other problems ({', '.join(found[:3])}); "
+                        "bring them back, or name another run.dir"
+                    )
+            lines = ",\n".join(dumps(portion._asdict()) for portion in portions)
+            _write(self.data, f"[{lines}]\n")
+
+        _of_the_leader(keep)
 
     def claim(self) -> dict[str, tuple[Any, Any]]:
         """Writes the resolved config: from now on the folder is this run's.
@@ -277,6 +301,17 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
                 "backup, or delete the line, and start the same command again"
             ) from error
     return found
+
+
+def _portions(file: Path) -> list[Portion]:
+    """What `data.json` says; raises `ConfigError` where it says nothing."""
+    try:
+        return [Portion(**values) for values in loads(file.read_text())]
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{file} isn't a run's ({error}); bring it back from a backup, or delete it: then nobody "
+            "checks that the run goes on with the same problems"
+        ) from error
 
 
 def _of_the_leader(check: Callable[[], None]) -> None:

@@ -99,6 +99,7 @@ def _train(config: Config, folder: RunFolder, preemption: Preemption, display: D
             interrupt=between_rounds,
             keep_errors=folder.save_verifier_errors,
         )
+        folder.keep_data(experiment.problems.portions)
         display.changed(folder.claim())
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
         going_on = checkpoints.any()

@@ -9,7 +9,7 @@ import jax
 from jaxreset.config import Config
 from jaxreset.models.placement import param_shardings
 from jaxreset.models.policy import Policy, load_policy, new_policy
-from jaxreset.parallel import check_sizes, put
+from jaxreset.parallel import check_sizes, gather, put
 from jaxreset.planning.shapes import RunShapes, fresh_sizes
 from jaxreset.resets.localize import Localizer, PolicyLocalizer, ScoringLocalizer
 from jaxreset.sampling.rounds import StopRules
@@ -17,6 +17,7 @@ from jaxreset.sampling.sampler import Sampler
 from jaxreset.tasks.asking import Asking
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.chain import TOKENIZER
+from jaxreset.tasks.fingerprint import Portion, differences, hashed_values
 from jaxreset.tasks.pipeline import Problems, own_problems, read_problems
 
 
@@ -71,10 +72,25 @@ def make_localizer(
 
 
 def read_or_make_problems(config: Config, task: Task) -> Problems:
+    """What is trained on and what is held out, the same in every process.
+
+    Raises:
+      ValueError: what a file holds is refused, or another process reads something else.
+    """
     data = config.data
     if data.path is None:
-        return own_problems(task, train_size=data.chain_size, test_size=data.eval_size)
-    return read_problems(data.path, data.eval_path, test_size=data.eval_size, read=task.read_record)
+        sizes = {"train_size": data.chain_size, "test_size": data.eval_size}
+        asked = {"name": config.task.name, "options": config.task.options, **sizes}
+        made = Portion("task", config.task.name, data.chain_size, hashed_values(asked))
+        return own_problems(task, **sizes)._replace(portions=(made,))
+    problems = read_problems(
+        data.sources(), data.eval_sources(), test_size=data.eval_size, read=task.read_record
+    )
+    first, *others = gather([problems.portions])
+    for number, portions in enumerate(others, start=1):
+        if found := differences(first, portions, words=("in process 0", f"in process {number}")):
+            raise ValueError(f"{found[0]}; name files that are the same for all processes")
+    return problems
 
 
 def starting_policy(config: Config, mesh: jax.sharding.Mesh | None) -> Policy:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 LONGEST_NUMBER = 1000  # digits before the point, or behind it
+# Fields with what a response is compared with: NaN there is an answer that is missing.
+_GOLDS = ("answer", "solution", "expected_answer", "ground_truth", "completion")
 
 
 class UngradableError(ValueError):
@@ -29,7 +31,8 @@ def text_of(record: Mapping[str, Any], field: str, expected: str) -> str:
         raise ValueError(f"missing field {field!r}; expected {expected}; fields found: {found}")
     if (number := written_out(value)) is not None:
         if not number:
-            kind = UngradableError if field in ("answer", "solution") else ValueError
+            leaf = field.rpartition(".")[2].lower()
+            kind = UngradableError if leaf in _GOLDS else ValueError
             raise kind(f"field {field!r} is {brief(value)}; expected {expected}")
         value = number
     if not isinstance(value, str) or not value.strip():
@@ -43,6 +46,36 @@ def text_of(record: Mapping[str, Any], field: str, expected: str) -> str:
             f"{error.start} (a surrogate without its other half); expected Unicode text"
         ) from error
     return value
+
+
+def field_at(record: Mapping[str, Any], path: str, otherwise: Any = None) -> Any:
+    """The field that a dotted path leads to, through objects inside objects; or `otherwise`.
+
+    >>> field_at({"reward": {"target": "4"}}, "reward.target"), field_at({}, "reward.target", "none")
+    ('4', 'none')
+    """
+    if path in record:  # a name may hold a dot itself
+        return record[path]
+    name, dot, rest = path.partition(".")
+    inner = record.get(name)
+    return field_at(inner, rest, otherwise) if dot and isinstance(inner, Mapping) else otherwise
+
+
+def names_of(record: Mapping[str, Any]) -> str:
+    """The paths of a record's fields, as a message shows them.
+
+    >>> names_of({"question": "?", "reward": {"target": "4"}})
+    'question, reward.target'
+    """
+    return ", ".join(sorted(_paths(record))) or "none"
+
+
+def _paths(record: Mapping[str, Any]) -> list[str]:
+    paths = []
+    for name, value in record.items():
+        inside = _paths(value) if isinstance(value, Mapping) else []
+        paths += [f"{name}.{path}" for path in inside] or [str(name)]
+    return paths
 
 
 def written_out(value: object) -> str | None:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 
 from jaxreset.models.encoding import continuation_tokens
 from jaxreset.parallel import gather, own_share
 from jaxreset.tasks.asking import Asking
 from jaxreset.tasks.base import Problem
-from jaxreset.tasks.records import Loaded, ReadRecord, read_file, read_problem
+from jaxreset.tasks.fingerprint import Portion, fingerprint
+from jaxreset.tasks.mixture import Mixture, shuffled
+from jaxreset.tasks.records import Loaded, ReadRecord, Source, read_file
+from jaxreset.tasks.schemas import read_problem
+
+TEST = "test"  # the set of held-out problems where there is one without a name
+
+logger = logging.getLogger(__name__)
 
 
 class Prompt(NamedTuple):
@@ -25,44 +33,139 @@ class Prompt(NamedTuple):
 
 
 class Problems(NamedTuple):
-    """The two splits, and how many records were left out because their answer can't be graded."""
+    """What is trained on, and what is held out.
+
+    Attributes:
+        train: problems; of several files one file after the other.
+        test: held-out problems by the name of their set, the main set first.
+        ungradable: how many records were left out because their answer can't be graded.
+        weights: of the files that are mixed, by the name with which their problems' ids begin.
+        portions: what was read, for the record.
+        repeated: how many held-out problems are also trained on.
+    """
 
     train: Sequence[Problem]
-    test: Sequence[Problem]
+    test: Mapping[str, Sequence[Problem]]
     ungradable: int = 0
+    weights: Mapping[str, float] = MappingProxyType({})
+    portions: tuple[Portion, ...] = ()
+    repeated: int = 0
 
 
 def own_problems(task: Any, *, train_size: int, test_size: int) -> Problems:
     """Those that a task makes itself."""
-    return Problems(task.problems("train", train_size), task.problems("test", test_size))
+    return Problems(task.problems("train", train_size), {TEST: task.problems("test", test_size)})
 
 
 def read_problems(
-    path: str, eval_path: str | None, *, test_size: int, read: ReadRecord = read_problem
+    files: str | Mapping[str, Source],
+    eval_files: str | Mapping[str, Source] | None,
+    *,
+    test_size: int,
+    read: ReadRecord = read_problem,
 ) -> Problems:
-    """Problems of a file; without `eval_path`, the last of them (at most a tenth) are held out.
+    """Problems of files; without `eval_files`, the last of each (at most a tenth) are held out.
+
+    Args:
+      files: a path, or several files by name; the name of a file that isn't mixed with others is "".
+      eval_files: the same for sets of held-out problems.
+      test_size: most problems of a set.
+      read: see `Task.read_record`.
 
     Raises:
       ValueError: what `records.read_file` refuses, or a single problem; names the config's key.
     """
-    train, ungradable = _load("data.path", path, read)
-    if eval_path is not None:
-        test, more = _load("data.eval_path", eval_path, read)
-        return Problems(train, test[:test_size], ungradable + more)
-    if len(train) == 1:
-        raise ValueError(
-            f"data.path: {path} holds 1 problem, and it would be held out; add problems, or name "
-            "data.eval_path"
+    sources = _by_name(files)
+    loaded = {name: _load("data.path", name, source, read) for name, source in sources.items()}
+    ungradable = sum(one.ungradable for one in loaded.values())
+    train, test, portions = {n: one.problems for n, one in loaded.items()}, {}, []
+    if eval_files is None:
+        held_out = _last_ones({name: len(problems) for name, problems in train.items()}, test_size)
+        if not any(held_out.values()):
+            path = next(iter(sources.values())).path
+            raise ValueError(
+                f"data.path: {path} holds 1 problem, and it would be held out; add problems, or name "
+                "data.eval_path"
+            )
+        ends = {
+            name: problems[len(problems) - held_out[name] :] for name, problems in train.items()
+        }
+        train = {
+            name: problems[: len(problems) - held_out[name]] for name, problems in train.items()
+        }
+        test[TEST] = [problem for end in ends.values() for problem in end]
+        portions = [_portion(f"{_key('data.path', n)}, end", sources[n], ends[n]) for n in ends]
+    else:
+        for name, source in _by_name(eval_files).items():
+            one = _load("data.eval_path", name, source, read)
+            ungradable += one.ungradable
+            test[name or TEST] = one.problems[:test_size]
+            key = _key("data.eval_path", name)
+            portions.append(_portion(key, source, test[name or TEST], records=one.records))
+    weights = {name: source.weight for name, source in sources.items() if name}
+    trained = [
+        _portion(
+            _key("data.path", n), sources[n], train[n], weights.get(n), records=loaded[n].records
         )
-    held_out = min(test_size, max(len(train) // 10, 1))
-    return Problems(train[:-held_out], train[-held_out:], ungradable)
+        for n in sources
+    ]
+    everything = [problem for problems in train.values() for problem in problems]
+    repeated = _warn_of_repeated(everything, test)
+    return Problems(everything, test, ungradable, weights, (*trained, *portions), repeated)
 
 
-def _load(key: str, path: str, read: ReadRecord) -> Loaded:
+def _by_name(files: str | Mapping[str, Source]) -> Mapping[str, Source]:
+    return {"": Source(files)} if isinstance(files, str) else files
+
+
+def _key(key: str, name: str) -> str:
+    return f"{key}.{name}" if name else key
+
+
+def _portion(
+    key: str,
+    source: Source,
+    problems: Sequence[Problem],
+    weight: float | None = None,
+    records: int | None = None,
+) -> Portion:
+    return Portion(key, source.path, len(problems), fingerprint(problems), weight, records)
+
+
+def _load(key: str, name: str, source: Source, read: ReadRecord) -> Loaded:
     try:
-        return read_file(path, read)
+        return read_file(source, read, name=name)
     except (ValueError, OSError, ImportError) as error:
-        raise ValueError(f"{key}: {error}") from error
+        raise ValueError(f"{_key(key, name)}: {error}") from error
+
+
+def _last_ones(sizes: Mapping[str, int], most: int) -> dict[str, int]:
+    """How many problems of each file are held out: a tenth; of more than `most` in all, in proportion."""
+    tenths = {name: min(max(size // 10, 1), size - 1) for name, size in sizes.items()}
+    total, most = sum(tenths.values()), min(most, sum(tenths.values()))
+    if not total:
+        return tenths
+    shares = {name: tenth * most // total for name, tenth in tenths.items()}
+    lost = sorted(tenths, key=lambda name: (-(tenths[name] * most % total), name))
+    for name in lost[: most - sum(shares.values())]:
+        shares[name] += 1
+    return shares
+
+
+def _warn_of_repeated(train: Sequence[Problem], test: Mapping[str, Sequence[Problem]]) -> int:
+    """How many held-out questions are also trained on, but for white space."""
+    known = {" ".join(p.question.split()): p.id for p in reversed(train)}
+    held_out = [p for problems in test.values() for p in problems]
+    repeated = [(p.id, known[q]) for p in held_out if (q := " ".join(p.question.split())) in known]
+    if repeated:
+        logger.warning(
+            "%d of %d held-out problems are also trained on, so accuracy on them says less; the first: %s "
+            "is %s",
+            len(repeated),
+            len(held_out),
+            *repeated[0],
+        )
+    return len(repeated)
 
 
 @dataclass
@@ -117,11 +220,24 @@ class PromptSource:
     Args:
       problems: of one split.
       seed: of the shuffle.
+      weights: of several files, by the name with which their problems' ids begin; empty: there is one.
+
+    Raises:
+      ValueError: see `Mixture`.
     """
 
-    def __init__(self, problems: Sequence[Problem], asking: Asking, *, seed: int):
-        source: Any = problems
-        self._order = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        asking: Asking,
+        *,
+        seed: int,
+        weights: Mapping[str, float] = MappingProxyType({}),
+    ):
+        files: dict[str, list[Problem]] = {name: [] for name in weights}
+        for problem in problems if weights else ():
+            files[problem.id.partition(":")[0]].append(problem)
+        self._order = Mixture(files, weights, seed) if weights else shuffled(problems, seed)
         self._asking = asking
         self.position = 0
 

@@ -1,46 +1,70 @@
-r"""Problems from files: JSON lines, Parquet, or a data set of the `datasets` library.
+"""Problems from data files: which fields are meant, which records are kept, and in what order.
 
-A record is understood by its field names:
-
-- `question`, `answer` (GSM8K): the final answer is what follows the last `####` of `answer`; a
-  `\boxed{…}` in it, or a bare number, serves too;
-- `problem`, `solution` (MATH): the last `\boxed{…}` of `solution`;
-- `problem`, `answer` (NuminaMath): `answer` itself; `solution` is then not read.
-
-Other fields are ignored. Problems are named by file and line (`train:17`), so a log line leads back
-to the record. Numbers are written out as they were meant: 1e-5 is `0.00001`, a float32 0.1 is `0.1`.
-Records whose answer nothing could equal (`proof`, `not found`, NaN) are left out and counted.
+What a file holds is `files`' part, and what its fields are called that of a task's `read_record`, see
+`schemas`. Problems are named by file and line (`train:17`), so a log line leads back to the record; those
+of several files by the name that the config gives the file. Records whose answer nothing could equal
+(`proof`, `not found`, NaN) are left out and counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from decimal import Decimal
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jaxreset.tasks.base import Problem
-from jaxreset.tasks.fields import UngradableError, brief
+from jaxreset.tasks.fields import UngradableError, brief, field_at, names_of, written_out
+from jaxreset.tasks.files import open_rows
 from jaxreset.tasks.schemas import read_problem
 
-SUFFIXES = (".jsonl", ".parquet")
-_FIELDS = ("question", "problem", "answer", "solution")
-
 ReadRecord = Callable[[Mapping[str, Any]], Problem]
+Scalar = bool | int | float | str
+
+SHOWN_VALUES = 12
+_MISSING = object()
 
 logger = logging.getLogger(__name__)
 
 
+class Source(NamedTuple):
+    """A file of problems, and what of it is taken.
+
+    Attributes:
+        path: see `files.open_rows`.
+        columns: the record's field, a dotted path, that stands for a field's name.
+        where: the values, one of which a record's field must have, by the field's dotted path.
+        size: the first so many problems; None: all.
+        weight: of the file among several.
+    """
+
+    path: str
+    columns: Mapping[str, str] = MappingProxyType({})
+    where: Mapping[str, Sequence[Scalar]] = MappingProxyType({})
+    size: int | None = None
+    weight: float = 1.0
+
+
 class Loaded(NamedTuple):
-    """The problems of a file, and how many more had no answer that can be graded."""
+    """The problems of a file, and why the others of its records are none.
+
+    Attributes:
+        problems: in the file's order.
+        ungradable: how many records had no answer that can be graded.
+        elsewhere: how many records `where` left out.
+    """
 
     problems: list[Problem]
-    ungradable: int
+    ungradable: int = 0
+    elsewhere: int = 0
+
+    @property
+    def records(self) -> int:
+        """How many were read."""
+        return len(self.problems) + self.ungradable + self.elsewhere
 
 
 def load_problems(path: str | Path, read: ReadRecord = read_problem) -> list[Problem]:
@@ -48,54 +72,52 @@ def load_problems(path: str | Path, read: ReadRecord = read_problem) -> list[Pro
     return read_file(path, read).problems
 
 
-def read_file(path: str | Path, read: ReadRecord = read_problem) -> Loaded:
-    """The problems of a `.jsonl` or `.parquet` file, or of a data set by name.
+def read_file(
+    source: str | Path | Source, read: ReadRecord = read_problem, *, name: str = ""
+) -> Loaded:
+    """The problems of a file, or of a data set by name.
 
     Args:
-        path: a file; or, where no such file exists, `name`, `name:split` or `name:config:split` of
-            a data set that the optional `datasets` library finds (split "train" unless given).
+        source: its path, or that and what is taken; where there are enough problems, the rest isn't read.
         read: a record as a problem without an id, see `Task.read_record`.
+        name: what ids begin with; "": the file's own name.
 
     Returns:
-        The problems in the file's order, at least one, and how many records were left out because
-        their answer can't be graded; a warning names the first of these.
+        The problems in the file's order, at least one, and how many records were left out; a warning names
+        the first one whose answer can't be graded.
 
     Raises:
-        FileNotFoundError: when `path` looks like a file and there is none.
-        ImportError: when `path` can only be a data set's name, and `datasets` is missing.
+        FileNotFoundError: when the path looks like a file and there is none.
+        ImportError: when it can only be a data set's name, and `datasets` is missing.
         ValueError: for anything wrong inside, naming the file, the line (or row), the field and
-            what was expected; and where no answer at all can be graded.
+            what was expected; and where no answer at all can be graded, or no record is kept.
     """
-    source = Path(path).expanduser()
-    if source.is_dir():
-        raise ValueError(f"{path}: is a folder; expected a file ending in {' or '.join(SUFFIXES)}")
-    if source.is_file():
-        if source.suffix not in SUFFIXES:
-            raise ValueError(
-                f"{path}: extension {source.suffix!r}; expected one of {', '.join(SUFFIXES)}"
-            )
-        records = _json_lines(source) if source.suffix == ".jsonl" else _parquet_rows(source)
-        stem = source.stem
-    elif source.suffix in SUFFIXES or source.is_absolute() or str(path).startswith("."):
-        raise FileNotFoundError(f"{path}: no such file")
-    else:
-        records, stem = _dataset_rows(str(path)), str(path)
+    source = source if isinstance(source, Source) else Source(str(source))
+    path = source.path
+    stem, rows = open_rows(path)
     problems: list[Problem] = []
     ungradable: list[str] = []
-    for number, place, record in records:
+    wanted = {
+        field: {one for v in values for one in _spellings(as_written(v, field), field)}
+        for field, values in source.where.items()
+    }
+    others = {field: Counter[str]() for field in wanted}
+    elsewhere = 0
+    for number, place, record in rows:
         try:
-            problems.append(dataclasses.replace(read(record), id=f"{stem}:{number}"))
+            record = renamed(record, source.columns)
+            if not _kept(record, wanted, others):
+                elsewhere += 1
+                continue
+            problems.append(dataclasses.replace(read(record), id=f"{name or stem}:{number}"))
         except UngradableError as error:
             ungradable.append(f"{path}, {place}: {error}")
         except ValueError as error:
             raise ValueError(f"{path}, {place}: {error}") from error
+        if len(problems) == source.size:
+            break
     if not problems:
-        if ungradable:
-            raise ValueError(
-                f"{path}: no answer of {len(ungradable)} records can be graded; the first: "
-                f"{ungradable[0]}"
-            )
-        raise ValueError(f"{path}: empty; expected at least one problem")
+        raise ValueError(f"{path}: {_why_none(source.where, ungradable, elsewhere, others)}")
     if ungradable:
         logger.warning(
             "%s: %d of %d records are left out, for their answers can't be graded; the first: %s",
@@ -104,110 +126,90 @@ def read_file(path: str | Path, read: ReadRecord = read_problem) -> Loaded:
             len(ungradable) + len(problems),
             ungradable[0],
         )
-    return Loaded(problems, len(ungradable))
+    return Loaded(problems, len(ungradable), elsewhere)
 
 
-def _narrowed(
-    rows: Iterator[Mapping[str, Any]], types: Mapping[str, str]
-) -> Iterator[dict[str, Any]]:
-    """Rows whose floats have the precision of their column, `float32` or `float16`, again."""
-    narrow = {name: np.dtype(kind).type for name, kind in types.items()}
-    for row in rows:
-        yield {
-            name: narrow[name](value) if name in narrow and isinstance(value, float) else value
-            for name, value in row.items()
-        }
+def renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+    """A record with the fields that `columns` names; the others stay as they are.
+
+    Raises:
+        ValueError: it hasn't one of them; names those that it has.
+    """
+    if not columns:
+        return record
+    named = {ours: _field(record, path, f"columns.{ours}") for ours, path in columns.items()}
+    return {**record, **named}
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
-    # Read as bytes: text mode also ends lines at characters that JSON strings may contain.
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            place = f"line {number}"
-            if not line.strip():
-                continue
-            try:
-                # Decimals as they are written; ValueError is also for integers beyond Python's limit.
-                record = json.loads(
-                    line.decode("utf-8-sig"), object_pairs_hook=_object, parse_float=Decimal
-                )
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{path}, {place}: malformed JSON ({error}); expected one object a line"
-                ) from error
-            if not isinstance(record, dict):
-                raise ValueError(
-                    f"{path}, {place}: {brief(record)}; expected a JSON object with named fields"
-                )
-            yield number, place, record
+def _kept(
+    record: Mapping[str, Any],
+    wanted: Mapping[str, set[str]],
+    others: Mapping[str, Counter[str]],
+) -> bool:
+    """Whether each field has one of the values that are wanted; if not, those that it has are counted."""
+    found = {field: as_written(_field(record, field, "where"), field) for field in wanted}
+    if all(_spellings(found[field], field) & values for field, values in wanted.items()):
+        return True
+    for field, value in found.items():
+        others[field][value] += 1
+    return False
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, which names each of its fields once."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {twice!r} is there more than once")
-    return record
+def _field(record: Mapping[str, Any], path: str, key: str) -> Any:
+    value = field_at(record, path, _MISSING)
+    if value is _MISSING:
+        raise ValueError(f"{key}: no field {path!r}; fields found: {names_of(record)}")
+    return value
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
-    # Imported late: reward workers import this package, too.
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def as_written(value: Any, field: str) -> str:
+    """A value as text, so that numbers equal themselves whatever they are read as.
 
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a Parquet file ({error})") from error
-    columns = [field for field in _FIELDS if field in file.schema_arrow.names]
-    arrow_names = {"float": "float32", "halffloat": "float16"}
-    types = {
-        field: arrow_names[str(file.schema_arrow.field(field).type)]
-        for field in columns
-        if str(file.schema_arrow.field(field).type) in arrow_names
-    }
-    number = 0
-    try:
-        for batch in file.iter_batches(columns=columns):
-            for record in _narrowed(_text_rows(batch), types):
-                number += 1
-                yield number, f"row {number}", record
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}, row {number + 1}: can't be read ({error})") from error
+    >>> as_written(5, "level"), as_written(5.0, "level"), as_written(" Level 5", "level")
+    ('5', '5', 'Level 5')
+
+    Raises:
+        ValueError: it is a list or an object.
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if (number := written_out(value)) is not None:
+        whole, _, behind = number.partition(".")
+        behind = behind.rstrip("0")
+        short = f"{whole}.{behind}" if behind else whole
+        return "0" if short == "-0" else short or "nan"
+    if not isinstance(value, str):
+        raise ValueError(f"where: field {field!r} is {brief(value)}; expected a text or a number")
+    return value.strip()
 
 
-def _text_rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a record batch; where one is no text, those before it come first."""
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for row in range(batch.num_rows):
-            yield from batch.slice(row, 1).to_pylist()
+def _spellings(text: str, field: str) -> set[str]:
+    """A text, and without the field's own name before it: `Level 5` of the field `level` is `5`, too."""
+    first, _, rest = text.partition(" ")
+    own = first.casefold() == field.rpartition(".")[2].casefold()
+    return {text, rest.strip()} if own and rest.strip() else {text}
 
 
-def _dataset_rows(name: str) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"{name}: no such file, and loading it as a data set needs the datasets library: "
-            "pip install 'jaxreset[datasets]'"
-        ) from error
-    repository, *config, split = name.split(":") if ":" in name else (name, "train")
-    if len(config) > 1 or not all((repository, *config, split)):
-        raise ValueError(
-            f"{name}: expected a data set as 'name', 'name:split' or 'name:config:split'"
-        )
-    try:
-        rows = datasets.load_dataset(repository, *config, split=split)
-    except Exception as error:  # the library raises many kinds: network, hub, parsing
-        raise ValueError(
-            f"{name}: datasets could not load split {split!r} of {repository!r}: {error}"
-        ) from error
-    features = getattr(rows, "features", None) or {}
-    kinds = {name: str(getattr(feature, "dtype", "")) for name, feature in features.items()}
-    types = {name: kind for name, kind in kinds.items() if kind in ("float16", "float32")}
-    for number, record in enumerate(_narrowed(rows, types), start=1):
-        yield number, f"row {number}", record
+def _why_none(
+    where: Mapping[str, Sequence[Scalar]],
+    ungradable: Sequence[str],
+    elsewhere: int,
+    others: Mapping[str, Counter[str]],
+) -> str:
+    if ungradable:
+        return f"no answer of {len(ungradable)} records can be graded; the first: {ungradable[0]}"
+    if not elsewhere:
+        return "empty; expected at least one problem"
+    wanted = "; ".join(
+        f"{field} {', '.join(repr(as_written(v, field)) for v in values)}"
+        for field, values in where.items()
+    )
+    return f"none of {elsewhere} records is kept by where ({wanted}); found: " + "; ".join(
+        f"{field} {_counts(counter)}" for field, counter in others.items()
+    )
+
+
+def _counts(counter: Counter[str]) -> str:
+    shown = [f"{brief(value)} ({count})" for value, count in counter.most_common(SHOWN_VALUES)]
+    more = len(counter) - len(shown)
+    return ", ".join(shown) + (f" and {more} others" if more else "")
