@@ -53,9 +53,12 @@ def describe(config: Config, console: Console) -> None:
     console.print(
         f"most at once          {size_text(most.total)} of {there}, while {name}: {verdict}; estimated"
     )
-    train, test = len(experiment.problems.train), len(experiment.problems.test)
+    train, sets = len(experiment.problems.train), experiment.problems.test
+    held_out = f"{sum(map(len, sets.values())):,} held out"
+    if len(sets) > 1:
+        held_out += f" ({', '.join(f'{name} {len(test):,}' for name, test in sets.items())})"
     console.print(
-        f"problems              {train:,} to train on, {test:,} held out, "
+        f"problems              {train:,} to train on, {held_out}, "
         f"{experiment.overlong.dropped} dropped (longest prompt {experiment.overlong.longest} tokens)"
     )
     if experiment.problems.ungradable:

@@ -25,16 +25,17 @@ class Prompt(NamedTuple):
 
 
 class Problems(NamedTuple):
-    """The two splits, and how many records were left out because their answer can't be graded."""
+    """What is trained on, held-out sets by name, the main one first, and how many records were left out
+    because their answer can't be graded."""
 
     train: Sequence[Problem]
-    test: Sequence[Problem]
+    test: dict[str, Sequence[Problem]]
     ungradable: int = 0
 
 
 def own_problems(task: Any, *, train_size: int, test_size: int) -> Problems:
     """Those that a task makes itself."""
-    return Problems(task.problems("train", train_size), task.problems("test", test_size))
+    return Problems(task.problems("train", train_size), {"test": task.problems("test", test_size)})
 
 
 def read_problems(
@@ -48,14 +49,14 @@ def read_problems(
     train, ungradable = _load("data.path", path, read)
     if eval_path is not None:
         test, more = _load("data.eval_path", eval_path, read)
-        return Problems(train, test[:test_size], ungradable + more)
+        return Problems(train, {"test": test[:test_size]}, ungradable + more)
     if len(train) == 1:
         raise ValueError(
             f"data.path: {path} holds 1 problem, and it would be held out; add problems, or name "
             "data.eval_path"
         )
     held_out = min(test_size, max(len(train) // 10, 1))
-    return Problems(train[:-held_out], train[-held_out:], ungradable)
+    return Problems(train[:-held_out], {"test": train[-held_out:]}, ungradable)
 
 
 def _load(key: str, path: str, read: ReadRecord) -> Loaded:
