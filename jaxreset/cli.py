@@ -99,11 +99,17 @@ def evaluate(
     config: ConfigPath,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="New JSONL file for the responses, one line a problem.")
+    ] = None,
     coordinator: Coordinator = None,
     processes: Processes = None,
     process: Process = None,
 ) -> None:
-    """Accuracy on held-out problems: of the run's latest checkpoint, or of model.path without a run."""
+    """Accuracy on held-out problems: of the run's latest checkpoint, or of model.path without a run.
+
+    eval.samples=8 draws eight responses to each problem, for avg@8, pass@8 and majority@8.
+    """
     with _uninterrupted():
         from jaxreset.config_file import load_config
         from jaxreset.parallel.processes import ending_together, is_leader, start
@@ -113,17 +119,17 @@ def evaluate(
     with ending_together():
         with _uninterrupted():
             from jaxreset.run.finished import evaluate_run
-        step, result = evaluate_run(settings)
+        found = evaluate_run(settings, save=save)
     if not is_leader():
         return
     if as_json:
-        typer.echo(dumps({"step": step, **result}))
+        typer.echo(dumps({"step": found.step, **found.metrics, "sets": found.sets}))
         return
-    console = Console()
-    console.print(f"step {step}, {result['eval/problems']:.0f} held-out problems")
-    low, high = result["eval/accuracy_low"], result["eval/accuracy_high"]
-    console.print(f"sampled  {result['eval/accuracy']:.1%} [{low:.1%}, {high:.1%}]")
-    console.print(f"greedy   {result['eval/greedy_accuracy']:.1%}")
+    from jaxreset.reporting.evaluation import show
+
+    show(found.step, found.sets, Console())
+    if save is not None:
+        Console().print(f"responses: {save}", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -310,4 +310,7 @@ class Eval(Section):
     temperature: PositiveFloat = 1.0
     top_p: float | None = Field(None, gt=0, le=1, description="null: sampling.top_p")
     top_k: NonNegativeInt | None = Field(None, description="0 keeps all; null: sampling.top_k")
-    batch: PositiveInt = 128
+    samples: PositiveInt = Field(
+        1, description="responses to each problem; over 1 there are pass@k and majority@k"
+    )
+    batch: PositiveInt = Field(128, description="responses drawn at once")

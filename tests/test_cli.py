@@ -99,7 +99,7 @@ def jaxreset(model, monkeypatch, capsys):
     ("command", "arguments"),
     [
         ("train", ["CONFIG", "KEY=VALUE", "--dry-run"]),
-        ("eval", ["CONFIG", "KEY=VALUE", "--json"]),
+        ("eval", ["CONFIG", "KEY=VALUE", "--json", "--save"]),
         ("export", ["CONFIG", "OUTPUT", "KEY=VALUE", "--adapters", "--dtype", "--coordinator"]),
         ("plan", ["CONFIG", "KEY=VALUE", "--topology", "--json", "--largest"]),
     ],
@@ -251,12 +251,13 @@ def test_a_run_is_evaluated_and_exported_without_its_optimizer(
         look()
         return loaded
 
-    def evaluations(experiment, policy, step):
+    def evaluations(experiment, policy, step, see):
         look()
         assert (step, policy.version) == (3, 5)
         assert_same_params(policy.params, learnt)
-        return {f"eval/{name}": 0.0 for name in ("accuracy", "accuracy_low", "accuracy_high",
-                                                 "greedy_accuracy", "problems")}  # fmt: skip
+        return {f"eval/{name}": 0.0 for name in ("accuracy", "accuracy_low", "accuracy_high", "cut",
+                                                 "greedy_accuracy", "problems", "answered",
+                                                 "response_tokens")}  # fmt: skip
 
     monkeypatch.setattr(ocp, "load_checkpointables", spy)
     monkeypatch.setattr(Experiment, "evaluate", evaluations)

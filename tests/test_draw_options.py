@@ -51,12 +51,13 @@ def test_evaluation_draws_as_configured_and_greedily(given):
     rounds._draw = forgetting(rounds)
     experiment = SimpleNamespace(
         config=parse_config({"sampling": DRAWN, "eval": {"batch": 2, **given}}),
-        sampler=Evaluated(rounds),
+        sampler=rounds,
         task=TASK,
         decode=decode,
         score=TASK.score,
         collector=SimpleNamespace(interrupt=lambda: None, keep_errors=lambda errors: None),
-        test_prompts=lambda: prompts(0, 1, 2),
+        problems=SimpleNamespace(test={"test": PROBLEMS}),
+        test_prompts=lambda name: prompts(0, 1, 2),
     )
     record = Experiment.evaluate(experiment, SimpleNamespace(version=0), 4)
     sampled, greedy = rounds.calls[:2], rounds.calls[2:]
@@ -65,16 +66,6 @@ def test_evaluation_draws_as_configured_and_greedily(given):
     assert [call.options["temperature"] for call in greedy] == [0.0] * 2
     assert record["eval/accuracy"] == pytest.approx(2 / 3)  # of PROBLEMS, two sum to 6
     assert [p.answer for p in PROBLEMS].count("6") == 2
-
-
-class Evaluated:
-    """A scripted sampler as `evaluate` calls it: without numbers of rows."""
-
-    def __init__(self, rounds):
-        self.rounds = rounds
-
-    def sample(self, policy, prompts, **options):
-        return self.rounds.sample(policy, prompts, first_rows=[0] * len(prompts), **options)
 
 
 def forgetting(rounds):
@@ -95,7 +86,8 @@ def test_every_localizer_draws_as_configured(policy32, mode, given):
         {"sampling": DRAWN, "reset": {"localizer": {"mode": mode, **given}}, "run": {"dir": "x"}}
     )
     shapes = run_shapes(config, config.make_objective())
-    made = make_localizer(config, shapes, TASK, policy32, None)
+    asking = config.task.make_asking(TASK, policy32.tokenizer)
+    made = make_localizer(config, shapes, asking, policy32, None)
     expected = {"temperature": 0.3, "top_p": 0.95, "top_k": 20} | given
     if isinstance(made, PolicyLocalizer):
         assert made._draw == {"rows": 1} | expected

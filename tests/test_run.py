@@ -745,7 +745,9 @@ def test_eval_repeats_the_accuracy_of_the_last_step(unstopped, monkeypatch, caps
     jaxreset(monkeypatch, "eval", unstopped.folder / "config.yaml", "--json")
     result = json.loads(capsys.readouterr().out)
     last = unstopped.history[-1]
+    sets = result.pop("sets")
     assert result == {k: v for k, v in last.items() if k.startswith("eval/") or k == "step"}
+    assert {"step": 4} | {f"eval/{k}": v for k, v in sets["test"].items()} == result
     jaxreset(monkeypatch, "eval", unstopped.folder / "config.yaml", "eval.temperature=0.5")
     assert "step 4, 16 held-out problems" in capsys.readouterr().out
 

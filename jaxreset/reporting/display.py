@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from jaxreset.reporting.alarms import Alarm
+from jaxreset.reporting.evaluation import other_sets, with_interval
 
 
 class Display:
@@ -100,18 +101,19 @@ class Display:
     def summary(self, history: Sequence[dict[str, Any]], folder: Path, curve: Path) -> None:
         """The table at the end of a run, and where its files are."""
         table = Table(title=f"{folder.name}: accuracy on held-out problems (95% interval)")
-        for column in ("step", "sampled", "greedy", "tokens sampled", "minutes"):
-            table.add_column(column, justify="right")
+        others = other_sets(history)
+        for column in ("step", "sampled", "greedy", *others, "tokens sampled", "minutes"):
+            table.add_column(escape(column), justify="right")
         tokens = seconds = 0.0
         for line in history:
             tokens += line.get("tokens_sampled", 0)
             seconds += line.get("seconds", 0)
             if line.get("eval/accuracy") is not None:
-                mean, low, high = (line[f"eval/accuracy{s}"] for s in ("", "_low", "_high"))
                 table.add_row(
                     str(line["step"]),
-                    f"{mean:.1%} [{low:.1%}, {high:.1%}]",
+                    with_interval(line, "eval/accuracy"),
                     f"{line['eval/greedy_accuracy']:.1%}",
+                    *(with_interval(line, f"eval/{name}/accuracy") for name in others),
                     f"{tokens:,.0f}",
                     f"{seconds / 60:.1f}",
                 )

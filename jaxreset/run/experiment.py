@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,11 +33,11 @@ from jaxreset.parallel import data_shards
 from jaxreset.planning.shapes import choose_mesh, run_shapes
 from jaxreset.resets.collect import Collected, Collector
 from jaxreset.run.compiles import LARGE_PROCESS, trim
-from jaxreset.run.evaluate import Accuracy, evaluate
+from jaxreset.run.evaluate import PHASE, SetResponses, measure, named, respond
 from jaxreset.run.objects import with_objects
 from jaxreset.run.parts import adapted, make_localizer, read_or_make_problems, starting_policy
 from jaxreset.run.warm_start import warm_start
-from jaxreset.sampling.rounds import StopRules
+from jaxreset.sampling.rounds import StopRules, Stream
 from jaxreset.sampling.sampler import Sampler
 from jaxreset.tasks.pipeline import Prompt, PromptSource, encode_prompts, fit_prompts, steps_writer
 from jaxreset.tasks.scoring import score_together
@@ -293,42 +294,45 @@ class Experiment:
         }
         return record, collected.trees
 
-    def evaluate(self, policy: Policy | None = None, step: int | None = None) -> dict[str, float]:
-        """Greedy and sampled accuracy on the held-out problems.
+    def evaluate(
+        self,
+        policy: Policy | None = None,
+        step: int | None = None,
+        see: Callable[[SetResponses], None] = lambda responses: None,
+    ) -> dict[str, float]:
+        """Metrics of the held-out sets, sampled and greedy, each response drawn from the prompt alone.
+
+        The first set's are named `eval/accuracy` and so on, those of others `eval/NAME/accuracy`; what each
+        says is in docs/evaluation.md. Training before and after it draws the same as without it.
 
         Args:
           policy: None: the current one.
           step: that its random numbers are named by; None: the last one.
+          see: is given each set's responses once they are scored.
         """
-        config, e = self.config, self.config.eval
-        prompts = self.test_prompts()
-
-        def accuracy(**draw: Any) -> Accuracy:
-            return evaluate(
+        e, step = self.config.eval, self.steps_done if step is None else step
+        drawing: dict[str, Any] = {"temperature": e.temperature, "top_p": e.top_p, "top_k": e.top_k}
+        sets = {}
+        for n, name in enumerate(self.problems.test):
+            draw = partial(
+                respond,
                 self.policy if policy is None else policy,
-                prompts,
+                self.test_prompts(name),
                 self.sampler,
                 self.score,
                 self.decode,
+                marker=self.task.answer_marker,
                 batch=e.batch,
-                seed=config.seed,
-                step=self.steps_done if step is None else step,
-                failed_below=config.task.failed_below,
+                stream=Stream(self.config.seed, step, PHASE + n),
+                failed_below=self.config.task.failed_below,
                 interrupt=self.collector.interrupt,
                 keep_errors=self.collector.keep_errors,
-                **draw,
             )
-
-        sampled = accuracy(temperature=e.temperature, top_p=e.top_p, top_k=e.top_k)
-        greedy = accuracy(temperature=0.0)
-        return {
-            "eval/accuracy": sampled.mean,
-            "eval/accuracy_low": sampled.low,
-            "eval/accuracy_high": sampled.high,
-            "eval/greedy_accuracy": greedy.mean,
-            "eval/problems": float(len(prompts)),
-            "eval/verifier_errors": float(sampled.errors + greedy.errors),
-        }
+            sampled = draw(samples=e.samples, **drawing)
+            responses = SetResponses(name, sampled, greedy=draw(temperature=0.0))
+            see(responses)
+            sets[name] = measure(responses, self.task.answer)
+        return named(sets)
 
     def scorer(
         self, prompts: Sequence[Prompt]

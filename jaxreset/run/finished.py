@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -16,10 +17,12 @@ from jaxreset.models.policy import Policy
 from jaxreset.parallel.processes import is_leader, wait_for_all
 from jaxreset.run.checkpoints import Checkpoints, saved_steps
 from jaxreset.run.compiles import kept_programs
+from jaxreset.run.evaluate import by_set
 from jaxreset.run.experiment import Experiment
 from jaxreset.run.folder import RunFolder
 from jaxreset.run.parts import adapted
 from jaxreset.run.saved_arrays import abstract, load_params
+from jaxreset.run.saved_responses import saving_responses
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +30,42 @@ EXPORTED = ("float32", "bfloat16", "float16")
 LOSS_WORTH_A_WORD = 0.05  # of what was learnt
 
 
-def evaluate_run(config: Config) -> tuple[int, dict[str, float]]:
-    """Accuracy of the run's latest checkpoint, and its step; of the starting policy without one."""
+class Evaluated(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+      step: of the checkpoint; 0: what training starts from.
+      metrics: as a run logs them.
+      sets: the same for each held-out set by its name, the main one first, without prefixes.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    sets: dict[str, dict[str, float]]
+
+
+def evaluate_run(config: Config, *, save: Path | None = None) -> Evaluated:
+    """Measures the run's latest checkpoint on the held-out problems; the starting policy without one.
+
+    Args:
+      config: resolved.
+      save: a new file for the responses, one line of JSON a problem.
+
+    Raises:
+      ConfigError: `save` exists; or as for a run.
+      RunError: the verifier failed on every response, or `save` can't be written.
+    """
     folder = RunFolder(config)
     folder.check_same_policy()
-    experiment = Experiment(folder.dated())
-    try:
-        with kept_programs(folder.compile_cache):
-            step, policy, _ = _latest(experiment, folder)
-            return step, experiment.evaluate(policy, step)
-    finally:
-        experiment.close()
+    with saving_responses(save) as see:
+        experiment = Experiment(folder.dated())
+        try:
+            with kept_programs(folder.compile_cache):
+                step, policy, _ = _latest(experiment, folder)
+                metrics = experiment.evaluate(policy, step, see)
+        finally:
+            experiment.close()
+    return Evaluated(step, metrics, by_set(metrics, experiment.problems.test))
 
 
 def export_run(

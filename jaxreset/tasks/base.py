@@ -19,6 +19,7 @@ from jaxreset.tasks.localization import ask_for_step
 from jaxreset.tasks.templates import fill, shipped, spoken
 
 LARGEST = float(np.finfo(np.float32).max)
+ANSWERED_WITHIN = 20_000  # last characters of a response, in which its answer is looked for
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,26 @@ class Task:
         It may raise: `tasks.scoring` then finds out on which response.
         """
         raise NotImplementedError
+
+    def answer(self, response: str) -> str | None:
+        r"""The final answer of a response, equal texts for equal answers; None: it has none.
+
+        It is what `majority@k` counts. By default the last `\boxed{…}`, or the rest of the line behind the
+        last answer marker, where that is another. Called in the trainer's own process, on whatever the
+        policy wrote: it takes next to no time.
+        """
+        from jaxreset.tasks.answers.boxes import (
+            final_answer,
+        )  # of a package that not every task needs
+
+        end = response[-ANSWERED_WITHIN:]
+        if "boxed" in self.answer_marker:
+            found = final_answer(end) or ""
+        else:
+            found = end.rpartition(self.answer_marker)[2] if self.answer_marker in end else ""
+            for ending in ("\n", self.delimiter):
+                found = found.lstrip().partition(ending)[0]
+        return found.strip() or None
 
     def localization(self, problem: Problem, steps: Sequence[str]) -> str:
         """The question which of the `steps` of a failed response is the first wrong one

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxreset.tasks.answers import prepare_verifier, same_answer
-from jaxreset.tasks.base import Item, Problem, Scores, Task
+from jaxreset.tasks.answers import final_answer, prepare_verifier, same_answer
+from jaxreset.tasks.answers.normal import normal_form
+from jaxreset.tasks.base import ANSWERED_WITHIN, Item, Problem, Scores, Task
 from jaxreset.tasks.localization import ask_for_step
 from jaxreset.tasks.templates import fill, spoken, template
 from jaxreset.tasks.workers import RewardWorkers
@@ -98,6 +99,11 @@ class MathTask(Task):
         """Rewards of (problem, response text) pairs; see `RewardWorkers.score` for its errors."""
         # A delimiter right behind an unboxed answer is no part of it.
         return self._workers.score([(p, text.replace(self.delimiter, "\n")) for p, text in items])
+
+    def answer(self, response: str) -> str | None:
+        """The final answer in its normal form; see `Task.answer`."""
+        found = final_answer(response[-ANSWERED_WITHIN:].replace(self.delimiter, "\n"))
+        return normal_form(found) or None if found else None
 
     def close(self) -> None:
         """Ends the reward workers; a later `score` starts them again."""
