@@ -29,6 +29,7 @@ from jaxreset.run.callbacks import call_back
 from jaxreset.run.checkpoints import ACCURACY, Checkpoints
 from jaxreset.run.compiles import LARGE_PROCESS, compiles, kept_programs, trim
 from jaxreset.run.endings import explained, is_out_of_memory, save_finished
+from jaxreset.run.evaluate import SetResponses
 from jaxreset.run.experiment import Experiment
 from jaxreset.run.finished import started_from
 from jaxreset.run.folder import RunFolder
@@ -193,7 +194,8 @@ def _loop(
         ended = folder.history()[-1:]
         experiment.stopped = ended[0].get("stopped") if ended else None
         if late := _evaluate_late(experiment, learner, folder, trackers, display):
-            alarms.note(late)
+            record, response = late
+            alarms.note(record, response=response)
         while learner.progress.step < config.train.steps and experiment.stopped is None:
             experiment.collector.interrupt()
             step = learner.progress.step + 1
@@ -233,19 +235,23 @@ def _evaluate_late(
     folder: RunFolder,
     trackers: Trackers,
     display: Display,
-) -> dict[str, Any] | None:
-    """Evaluates the step that the run starts or goes on from, if that is still to be done."""
+) -> tuple[dict[str, Any], str] | None:
+    """Evaluates the step that the run starts or goes on from, if that is still to be done.
+
+    Returns its metrics and a response.
+    """
     step = learner.progress.step
     due = _evaluated(experiment.config, step) or experiment.stopped is not None
     missing = due and is_leader() and not folder.evaluated(step)
     if not any_process(missing):
         return None
-    record = {"step": step, **experiment.evaluate(learner.policy, step)}
+    sets: list[SetResponses] = []
+    record = {"step": step, **experiment.evaluate(learner.policy, step, see=sets.append)}
     record["compiles"] = compiles()
     folder.complete(record)
     trackers.log(record)
     display.step(record)
-    return record
+    return record, sets[0].sampled.texts[0][0]
 
 
 def _evaluated(config: Config, step: int) -> bool:
