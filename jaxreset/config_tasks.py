@@ -27,7 +27,7 @@ from jaxreset.models.encoding import chat_variables
 from jaxreset.tasks.asking import Asking, Chat
 from jaxreset.tasks.base import Task
 from jaxreset.tasks.classes import TASKS, complete_object, find_task
-from jaxreset.tasks.records import Source
+from jaxreset.tasks.records import Selection
 from jaxreset.tasks.rewards import Rewards, Weighted, find_reward
 
 
@@ -164,7 +164,8 @@ def _in_one_level(values: Any, prefix: str = "") -> Any:
     flat: dict[str, Any] = {}
     for name, value in values.items():
         path = f"{prefix}{name}"
-        flat |= _in_one_level(value, f"{path}.") if isinstance(value, dict) else {path: value}
+        inside = isinstance(value, dict) and value
+        flat |= _in_one_level(value, f"{path}.") if inside else {path: value}
     return flat
 
 
@@ -254,24 +255,26 @@ class Data(Section):
     chain_size: PositiveInt = Field(100_000, description="chain: training problems")
     overlong: Literal["drop", "refuse"] = Field("drop", description="prompts over the limit")
 
-    def sources(self) -> dict[str, Source]:
+    def selections(self) -> dict[str, Selection]:
         """The files that are trained on, by their names; that of a single path is ""."""
         if isinstance(self.path, str):
-            return {"": Source(self.path, self.columns, self.where, self.size)}
-        return {n: self._source(f)._replace(weight=f.weight) for n, f in (self.path or {}).items()}
+            return {"": Selection(self.path, self.columns, self.where, self.size)}
+        return {
+            n: self._selection(f)._replace(weight=f.weight) for n, f in (self.path or {}).items()
+        }
 
-    def eval_sources(self) -> dict[str, Source] | None:
+    def eval_selections(self) -> dict[str, Selection] | None:
         """The same of what is held out; None: the end of those."""
         if self.eval_path is None:
             return None
         if isinstance(self.eval_path, str):
-            return {"": Source(self.eval_path, self.columns, self.where)}
-        return {name: self._source(file) for name, file in self.eval_path.items()}
+            return {"": Selection(self.eval_path, self.columns, self.where)}
+        return {name: self._selection(file) for name, file in self.eval_path.items()}
 
-    def _source(self, file: ProblemFile) -> Source:
+    def _selection(self, file: ProblemFile) -> Selection:
         columns = self.columns if file.columns is None else file.columns
         where = self.where if file.where is None else file.where
-        return Source(file.path, columns, where, file.size)
+        return Selection(file.path, columns, where, file.size)
 
     @model_validator(mode="after")
     def _of_files(self) -> Data:

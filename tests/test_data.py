@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from jaxreset.tasks.base import Problem
 from jaxreset.tasks.fields import UngradableError
-from jaxreset.tasks.records import Source, as_written, load_problems, read_file
+from jaxreset.tasks.records import Selection, as_written, load_problems, read_file
 from jaxreset.tasks.schemas import read_problem
 
 ASKED = "Nine boxes hold eight pens each. How many pens are there?"
@@ -281,7 +281,7 @@ def test_columns_of_other_names(tmp_path):
     columns = {"question": "Frage", "answer": "reward.target"}
     for ending in ("jsonl", "parquet"):
         path = write(tmp_path / f"german.{ending}", record)
-        [problem] = read_file(Source(str(path), columns=columns)).problems
+        [problem] = read_file(Selection(str(path), columns=columns)).problems
         assert problem == Problem("german:1", ASKED, "72")
 
 
@@ -294,7 +294,7 @@ def test_columns_work_for_any_task(tmp_path):
         return Problem("", record["question"], record["answer"], extra={"all": record["choices"]})
 
     columns = {"question": "q.text", "choices": "q.options", "answer": "key"}
-    [problem] = read_file(Source(str(path), columns=columns), read).problems
+    [problem] = read_file(Selection(str(path), columns=columns), read).problems
     assert problem == Problem("choices:1", "?", "B")
     assert problem.extra == {"all": ["x", "y"]}
 
@@ -330,7 +330,7 @@ LEVELS = [
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_records_are_kept_by_their_values(tmp_path, where, kept, ending):
     path = write(tmp_path / f"levels.{ending}", *LEVELS)
-    loaded = read_file(Source(str(path), where=where))
+    loaded = read_file(Selection(str(path), where=where))
     assert [problem.answer for problem in loaded.problems] == [str(n) for n in kept]
     assert [problem.id for problem in loaded.problems] == [f"levels:{n + 1}" for n in kept]
     assert loaded.elsewhere == len(LEVELS) - len(kept)
@@ -340,14 +340,14 @@ def test_records_are_kept_by_their_values(tmp_path, where, kept, ending):
 def test_where_nothing_is_kept_the_values_found_are_listed(tmp_path):
     path = write(tmp_path / "levels.jsonl", *LEVELS)
     with pytest.raises(ValueError, match="none of 6 records is kept by where") as refused:
-        read_file(Source(str(path), where={"level": (7, 8), "info.source": ("aime",)}))
+        read_file(Selection(str(path), where={"level": (7, 8), "info.source": ("aime",)}))
     message = str(refused.value)
     assert "(level '7', '8'; info.source 'aime')" in message
     assert "level 'Level 5' (2), 'Level 1' (1)" in message
     assert "info.source 'olympiads' (4), 'amc' (1), 'null' (1)" in message
     many = [{"problem": "?", "answer": 1, "level": n} for n in range(40)]
     with pytest.raises(ValueError, match=r"'11' \(1\) and 28 others"):
-        read_file(Source(str(write(path, *many)), where={"level": (41,)}))
+        read_file(Selection(str(write(path, *many)), where={"level": (41,)}))
 
 
 SHORT = st.decimals(-(10**6), 10**6, places=3).map(float)
@@ -377,11 +377,11 @@ def test_the_first_so_many_that_can_be_graded(tmp_path):
     rows.insert(2, {"problem": "n?", "answer": "9", "source": "other"})
     path = write(tmp_path / "some.jsonl", *rows)
     path.write_text(path.read_text() + "broken\n")
-    loaded = read_file(Source(str(path), where={"source": ("o",)}, size=3))
+    loaded = read_file(Selection(str(path), where={"source": ("o",)}, size=3))
     assert [problem.answer for problem in loaded.problems] == ["1", "2", "3"]
     assert (loaded.ungradable, loaded.elsewhere, loaded.records) == (1, 1, 5)
     with pytest.raises(ValueError, match="line 8: malformed JSON"):
-        read_file(Source(str(path), where={"source": ("o",)}, size=5))
+        read_file(Selection(str(path), where={"source": ("o",)}, size=5))
 
 
 # What is refused
@@ -510,5 +510,5 @@ def test_fields_that_the_config_names_and_a_record_lacks(tmp_path, taken, messag
     record = {"question": "?", "answer": "1", "info": {"level": 1}}
     path = write(tmp_path / "few.jsonl", record | {"Frage": "!"}, record)
     with pytest.raises(ValueError, match=re.escape(message)) as refused:
-        read_file(Source(str(path), **taken))
+        read_file(Selection(str(path), **taken))
     assert str(refused.value).startswith(str(path))

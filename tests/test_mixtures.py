@@ -31,9 +31,9 @@ from jaxreset.tasks.asking import Asking
 from jaxreset.tasks.base import Problem
 from jaxreset.tasks.fingerprint import Portion, differences, fingerprint
 from jaxreset.tasks.math import MathTask
-from jaxreset.tasks.mixture import Mixture, turns, whole_numbers
+from jaxreset.tasks.mixture import Mixture, alternation, whole_numbers
 from jaxreset.tasks.pipeline import PromptSource, read_problems
-from jaxreset.tasks.records import Source
+from jaxreset.tasks.records import Selection
 
 GSM8K = Path(__file__).parent.parent / "configs" / "gsm8k.yaml"
 QUICKSTART = GSM8K.with_name("quickstart.yaml")
@@ -52,10 +52,6 @@ def write(path, count, first=0, **fields):
     return str(path)
 
 
-def sources_of(mixture, count):
-    return [mixture[number].id.partition(":")[0] for number in range(count)]
-
-
 # Turns
 
 
@@ -63,7 +59,7 @@ def sources_of(mixture, count):
 @settings(derandomize=True, max_examples=60, deadline=None)
 def test_every_share_is_met_to_within_one_wherever_one_stops(shares):
     total = sum(shares)
-    order = turns(shares)
+    order = alternation(shares)
     assert order.shape == (total, 2)
     for file, share in enumerate(shares):
         mine = order[:, 0] == file
@@ -76,7 +72,7 @@ def test_every_share_is_met_to_within_one_wherever_one_stops(shares):
 @settings(derandomize=True, max_examples=60, deadline=None)
 def test_of_two_files_any_window_has_its_share_to_within_one(one, other):
     total = one + other
-    drawn = [0, *accumulate((turns([one, other])[:, 0] == 0).tolist() * 2)]
+    drawn = [0, *accumulate((alternation([one, other])[:, 0] == 0).tolist() * 2)]
     ahead = [count - Decimal(place * one) / total for place, count in enumerate(drawn)]
     assert max(ahead) - min(ahead) < 1
 
@@ -163,9 +159,9 @@ def test_a_source_goes_on_from_its_position_alone(weights):
 
 def test_the_end_of_each_file_is_held_out_in_proportion(tmp_path):
     files = {
-        "big": Source(write(tmp_path / "large.jsonl", 200), weight=3.0),
-        "mid": Source(write(tmp_path / "middle.jsonl", 100)),
-        "one": Source(write(tmp_path / "one.jsonl", 1)),
+        "big": Selection(write(tmp_path / "large.jsonl", 200), weight=3.0),
+        "mid": Selection(write(tmp_path / "middle.jsonl", 100)),
+        "one": Selection(write(tmp_path / "one.jsonl", 1)),
     }
     read = read_problems(files, None, test_size=500)
     assert list(read.test) == ["test"]
@@ -201,8 +197,8 @@ def test_one_file_is_split_as_ever(tmp_path):
 def test_held_out_sets_have_names(tmp_path):
     path = write(tmp_path / "train.jsonl", 12)
     sets = {
-        "aime-24": Source(write(tmp_path / "aime.jsonl", 5)),
-        "amc": Source(write(tmp_path / "amc.jsonl", 9), size=4),
+        "aime-24": Selection(write(tmp_path / "aime.jsonl", 5)),
+        "amc": Selection(write(tmp_path / "amc.jsonl", 9), size=4),
     }
     read = read_problems(path, sets, test_size=3)
     assert {name: [p.id for p in found] for name, found in read.test.items()} == {
@@ -213,9 +209,9 @@ def test_held_out_sets_have_names(tmp_path):
     single = read_problems(path, str(tmp_path / "amc.jsonl"), test_size=3)
     assert [p.id for p in single.test["test"]] == ["amc:1", "amc:2", "amc:3"]
     with pytest.raises(ValueError, match=r"data.eval_path.gone: .*gone.jsonl: no such file"):
-        read_problems(path, {"gone": Source("./gone.jsonl")}, test_size=3)
+        read_problems(path, {"gone": Selection("./gone.jsonl")}, test_size=3)
     with pytest.raises(ValueError, match=r"data.path.gone: .*gone.jsonl: no such file"):
-        read_problems({"gone": Source("./gone.jsonl")}, None, test_size=3)
+        read_problems({"gone": Selection("./gone.jsonl")}, None, test_size=3)
 
 
 def test_problems_that_are_trained_on_and_held_out_are_counted_once(tmp_path, caplog):
@@ -226,7 +222,7 @@ def test_problems_that_are_trained_on_and_held_out_are_counted_once(tmp_path, ca
     test.write_text("".join(json.dumps(row) + "\n" for row in again))
     with caplog.at_level(logging.WARNING, "jaxreset"):
         read = read_problems(
-            str(train), {"one": Source(str(test)), "two": Source(str(test))}, test_size=9
+            str(train), {"one": Selection(str(test)), "two": Selection(str(test))}, test_size=9
         )
     assert read.repeated == 4
     [record] = caplog.records
@@ -250,8 +246,8 @@ def data_of(**data):
 def test_files_in_short_and_in_full():
     short = data_of(path="a.jsonl", where={"level": 5, "info": {"source": ["x", "y"]}}, size=3)
     where = {"level": (5,), "info.source": ("x", "y")}
-    assert short.sources() == {"": Source("a.jsonl", {}, where, 3)}
-    assert short.eval_sources() is None
+    assert short.selections() == {"": Selection("a.jsonl", {}, where, 3)}
+    assert short.eval_selections() is None
     columns = {"question": "Frage"}
     full = data_of(
         path={"a": "a.jsonl", "b": {"path": "b.jsonl", "weight": 2, "where": {}, "size": 4}},
@@ -259,15 +255,15 @@ def test_files_in_short_and_in_full():
         columns=columns,
         where=where,
     )
-    assert full.sources() == {
-        "a": Source("a.jsonl", columns, where),
-        "b": Source("b.jsonl", columns, {}, 4, 2.0),
+    assert full.selections() == {
+        "a": Selection("a.jsonl", columns, where),
+        "b": Selection("b.jsonl", columns, {}, 4, 2.0),
     }
-    assert full.eval_sources() == {
-        "c": Source("c.jsonl", columns, where),
-        "d": Source("d", {}, where),
+    assert full.eval_selections() == {
+        "c": Selection("c.jsonl", columns, where),
+        "d": Selection("d", {}, where),
     }
-    assert data_of(path="a", eval_path="b", size=3).eval_sources() == {"": Source("b")}
+    assert data_of(path="a", eval_path="b", size=3).eval_selections() == {"": Selection("b")}
     overrides = [
         "data.path.a=x",
         "data.path.b.path=y",
@@ -277,7 +273,7 @@ def test_files_in_short_and_in_full():
     config = load_config(
         QUICKSTART, ["task.name=math", "model.path=x", "warm_start.steps=0", *overrides]
     )
-    assert config.data.sources()["b"] == Source("y", {}, {"level": (4,)}, None, 3.0)
+    assert config.data.selections()["b"] == Selection("y", {}, {"level": (4,)}, None, 3.0)
     assert parse_config(config.model_dump(mode="json")) == config
 
 
@@ -307,6 +303,7 @@ def test_files_in_short_and_in_full():
         ),
         ({"path": "x", "where": 3}, "data.where: Input should be a valid dictionary, got 3"),
         ({"path": "x", "where": {"a": []}}, "data.where.a: []: expected texts or numbers"),
+        ({"path": "x", "where": {"a": {}}}, "data.where.a: [{}]: expected texts or numbers"),
         ({"path": "x", "where": {"a": None}}, "data.where.a: [None]: expected texts or numbers"),
         ({"path": "x", "where": {"a": [[1]]}}, "data.where.a: [[1]]: expected texts or numbers"),
         (

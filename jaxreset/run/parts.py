@@ -84,7 +84,7 @@ def read_or_make_problems(config: Config, task: Task) -> Problems:
         made = Portion("task", config.task.name, data.chain_size, hashed_values(asked))
         return own_problems(task, **sizes)._replace(portions=(made,))
     problems = read_problems(
-        data.sources(), data.eval_sources(), test_size=data.eval_size, read=task.read_record
+        data.selections(), data.eval_selections(), test_size=data.eval_size, read=task.read_record
     )
     first, *others = gather([problems.portions])
     for number, portions in enumerate(others, start=1):

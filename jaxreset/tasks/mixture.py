@@ -48,11 +48,11 @@ class Mixture:
         names = sorted(weights, key=lambda name: (-weights[name], name))
         self._orders = [shuffled(problems[n], (seed + crc32(n.encode())) % 2**32) for n in names]
         self._shares = np.array(whole_numbers({name: weights[name] for name in names}))
-        self._turns = turns(self._shares.tolist())
+        self._files_in_turn = alternation(self._shares.tolist())
 
     def __getitem__(self, number: int) -> Problem:
-        rounds, place = divmod(number, len(self._turns))
-        file, turn = self._turns[place].tolist()
+        rounds, place = divmod(number, len(self._files_in_turn))
+        file, turn = self._files_in_turn[place].tolist()
         return self._orders[file][rounds * int(self._shares[file]) + turn]
 
 
@@ -79,7 +79,7 @@ def whole_numbers(weights: Mapping[str, float]) -> list[int]:
     return whole
 
 
-def turns(shares: Sequence[int]) -> np.ndarray:
+def alternation(shares: Sequence[int]) -> np.ndarray:
     """Whose turn it is, and which of its turns, `[sum of shares, 2]`, after which all begins anew.
 
     Turn t of a file with a share s of S is due in [t S / s, (t + 1) S / s); of those that are due, the one

@@ -16,7 +16,7 @@ from jaxreset.tasks.asking import Asking
 from jaxreset.tasks.base import Problem
 from jaxreset.tasks.fingerprint import Portion, fingerprint
 from jaxreset.tasks.mixture import Mixture, shuffled
-from jaxreset.tasks.records import Loaded, ReadRecord, Source, read_file
+from jaxreset.tasks.records import Loaded, ReadRecord, Selection, read_file
 from jaxreset.tasks.schemas import read_problem
 
 TEST = "test"  # the set of held-out problems where there is one without a name
@@ -58,8 +58,8 @@ def own_problems(task: Any, *, train_size: int, test_size: int) -> Problems:
 
 
 def read_problems(
-    files: str | Mapping[str, Source],
-    eval_files: str | Mapping[str, Source] | None,
+    files: str | Mapping[str, Selection],
+    eval_files: str | Mapping[str, Selection] | None,
     *,
     test_size: int,
     read: ReadRecord = read_problem,
@@ -75,14 +75,16 @@ def read_problems(
     Raises:
       ValueError: what `records.read_file` refuses, or a single problem; names the config's key.
     """
-    sources = _by_name(files)
-    loaded = {name: _load("data.path", name, source, read) for name, source in sources.items()}
+    selections = _by_name(files)
+    loaded = {
+        name: _load("data.path", name, selection, read) for name, selection in selections.items()
+    }
     ungradable = sum(one.ungradable for one in loaded.values())
     train, test, portions = {n: one.problems for n, one in loaded.items()}, {}, []
     if eval_files is None:
         held_out = _last_ones({name: len(problems) for name, problems in train.items()}, test_size)
         if not any(held_out.values()):
-            path = next(iter(sources.values())).path
+            path = next(iter(selections.values())).path
             raise ValueError(
                 f"data.path: {path} holds 1 problem, and it would be held out; add problems, or name "
                 "data.eval_path"
@@ -94,28 +96,28 @@ def read_problems(
             name: problems[: len(problems) - held_out[name]] for name, problems in train.items()
         }
         test[TEST] = [problem for end in ends.values() for problem in end]
-        portions = [_portion(f"{_key('data.path', n)}, end", sources[n], ends[n]) for n in ends]
+        portions = [_portion(f"{_key('data.path', n)}, end", selections[n], ends[n]) for n in ends]
     else:
-        for name, source in _by_name(eval_files).items():
-            one = _load("data.eval_path", name, source, read)
+        for name, selection in _by_name(eval_files).items():
+            one = _load("data.eval_path", name, selection, read)
             ungradable += one.ungradable
             test[name or TEST] = one.problems[:test_size]
             key = _key("data.eval_path", name)
-            portions.append(_portion(key, source, test[name or TEST], records=one.records))
-    weights = {name: source.weight for name, source in sources.items() if name}
+            portions.append(_portion(key, selection, test[name or TEST], records=one.records))
+    weights = {name: selection.weight for name, selection in selections.items() if name}
     trained = [
         _portion(
-            _key("data.path", n), sources[n], train[n], weights.get(n), records=loaded[n].records
+            _key("data.path", n), selections[n], train[n], weights.get(n), records=loaded[n].records
         )
-        for n in sources
+        for n in selections
     ]
     everything = [problem for problems in train.values() for problem in problems]
     repeated = _warn_of_repeated(everything, test)
     return Problems(everything, test, ungradable, weights, (*trained, *portions), repeated)
 
 
-def _by_name(files: str | Mapping[str, Source]) -> Mapping[str, Source]:
-    return {"": Source(files)} if isinstance(files, str) else files
+def _by_name(files: str | Mapping[str, Selection]) -> Mapping[str, Selection]:
+    return {"": Selection(files)} if isinstance(files, str) else files
 
 
 def _key(key: str, name: str) -> str:
@@ -124,17 +126,17 @@ def _key(key: str, name: str) -> str:
 
 def _portion(
     key: str,
-    source: Source,
+    selection: Selection,
     problems: Sequence[Problem],
     weight: float | None = None,
     records: int | None = None,
 ) -> Portion:
-    return Portion(key, source.path, len(problems), fingerprint(problems), weight, records)
+    return Portion(key, selection.path, len(problems), fingerprint(problems), weight, records)
 
 
-def _load(key: str, name: str, source: Source, read: ReadRecord) -> Loaded:
+def _load(key: str, name: str, selection: Selection, read: ReadRecord) -> Loaded:
     try:
-        return read_file(source, read, name=name)
+        return read_file(selection, read, name=name)
     except (ValueError, OSError, ImportError) as error:
         raise ValueError(f"{_key(key, name)}: {error}") from error
 

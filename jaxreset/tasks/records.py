@@ -30,7 +30,7 @@ _MISSING = object()
 logger = logging.getLogger(__name__)
 
 
-class Source(NamedTuple):
+class Selection(NamedTuple):
     """A file of problems, and what of it is taken.
 
     Attributes:
@@ -73,12 +73,12 @@ def load_problems(path: str | Path, read: ReadRecord = read_problem) -> list[Pro
 
 
 def read_file(
-    source: str | Path | Source, read: ReadRecord = read_problem, *, name: str = ""
+    file: str | Path | Selection, read: ReadRecord = read_problem, *, name: str = ""
 ) -> Loaded:
     """The problems of a file, or of a data set by name.
 
     Args:
-        source: its path, or that and what is taken; where there are enough problems, the rest isn't read.
+        file: its path, or that and what is taken; where there are enough problems, the rest isn't read.
         read: a record as a problem without an id, see `Task.read_record`.
         name: what ids begin with; "": the file's own name.
 
@@ -92,20 +92,20 @@ def read_file(
         ValueError: for anything wrong inside, naming the file, the line (or row), the field and
             what was expected; and where no answer at all can be graded, or no record is kept.
     """
-    source = source if isinstance(source, Source) else Source(str(source))
-    path = source.path
+    taken = file if isinstance(file, Selection) else Selection(str(file))
+    path = taken.path
     stem, rows = open_rows(path)
     problems: list[Problem] = []
     ungradable: list[str] = []
     wanted = {
         field: {one for v in values for one in _spellings(as_written(v, field), field)}
-        for field, values in source.where.items()
+        for field, values in taken.where.items()
     }
     others = {field: Counter[str]() for field in wanted}
     elsewhere = 0
     for number, place, record in rows:
         try:
-            record = renamed(record, source.columns)
+            record = renamed(record, taken.columns)
             if not _kept(record, wanted, others):
                 elsewhere += 1
                 continue
@@ -114,10 +114,10 @@ def read_file(
             ungradable.append(f"{path}, {place}: {error}")
         except ValueError as error:
             raise ValueError(f"{path}, {place}: {error}") from error
-        if len(problems) == source.size:
+        if len(problems) == taken.size:
             break
     if not problems:
-        raise ValueError(f"{path}: {_why_none(source.where, ungradable, elsewhere, others)}")
+        raise ValueError(f"{path}: {_why_none(taken.where, ungradable, elsewhere, others)}")
     if ungradable:
         logger.warning(
             "%s: %d of %d records are left out, for their answers can't be graded; the first: %s",
