@@ -116,7 +116,7 @@ def assert_same_end(one, other):
 def test_a_run_writes_its_folder(unstopped):
     folder = unstopped.folder
     assert {f.name for f in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "rollouts", "checkpoints", "learning_curve.png",
+        "config.yaml", "data.json", "metrics.jsonl", "rollouts", "checkpoints", "learning_curve.png",
         "report.html",
     }  # fmt: skip
     saved = yaml.safe_load((folder / "config.yaml").read_text())
