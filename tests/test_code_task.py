@@ -28,6 +28,7 @@ from jaxreset.tasks.fields import UngradableError
 from jaxreset.tasks.programs.records import ProgramTest, packed, read_record, unpacked
 from jaxreset.tasks.programs.verdicts import last_program, same_output, same_value
 from jaxreset.tasks.records import load_problems
+from jaxreset.tasks.rollouts import holds_marker
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples" / "data" / "code.jsonl"
@@ -394,6 +395,13 @@ def test_no_program_is_cut(program):
     text = f"So:</thought>```python\n{program}\n```\n</thought>"
     drawn = generated(text, CodeTask.delimiter, CodeTask.answer_marker, ends=False)
     assert last_program(drawn.replace("</thought>", "\n")) == f"{program}\n"
+
+
+def test_an_answer_is_the_program(task):
+    assert task.answer("So:</thought>```python\nprint(1)\n```</thought>") == "print(1)\n"
+    assert task.answer("So: 1") is None
+    assert holds_marker("```python\nprint(1)\n```", task.answer_marker)
+    assert not holds_marker("```python\nprint(1)\n``", task.answer_marker)
 
 
 # Scores

@@ -118,9 +118,15 @@ class CodeTask(Task):
 
     def score(self, items: Sequence[Item]) -> Scores:
         """Rewards of (problem, response text) pairs; see `RewardWorkers.score` for its errors."""
-        if self.delimiter.strip():  # right behind a fence it would hide it
-            items = [(p, text.replace(self.delimiter, "\n")) for p, text in items]
-        return self._workers.score(items)
+        return self._workers.score([(problem, self._plain(text)) for problem, text in items])
+
+    def _plain(self, response: str) -> str:
+        """Without delimiters, which would hide the fence that they stand behind."""
+        return response.replace(self.delimiter, "\n") if self.delimiter.strip() else response
+
+    def answer(self, response: str) -> str | None:
+        """The program of a response; None: it has none."""
+        return last_program(self._plain(response))
 
     def close(self) -> None:
         """Ends the workers and what they run; a later `score` starts them again."""
