@@ -210,8 +210,9 @@ class Config(Section):
             signal = 0 if self.method == "paper" else 4
         train = self.train.model_copy(update={"min_signal_groups": signal})
         evaluation = _filled(self.eval, truncation)
+        task = self.task.model_copy(update={"failed_below": self.task.threshold})
         return self.model_copy(
-            update={"loss": loss, "train": train, "reset": reset, "eval": evaluation}
+            update={"task": task, "loss": loss, "train": train, "reset": reset, "eval": evaluation}
         )
 
     def _method_loss(self) -> Loss:

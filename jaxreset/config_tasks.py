@@ -64,7 +64,9 @@ class TaskConfig(Section):
         None,
         description="import path of a function, or several by names of your own; null: the task's own",
     )
-    failed_below: float = Field(0.5, description="a reward under it is a failure")
+    failed_below: float | None = Field(
+        None, description="a reward under it is a failure; null: the task's own, most have 0.5"
+    )
     chat: Chat = Field(
         "auto",
         description="ask in the tokenizer's chat template, or in raw text; auto: the template where "
@@ -106,6 +108,13 @@ class TaskConfig(Section):
     enable_thinking: bool | None = Field(
         None, description="switch of chat templates that have one; null: left to the template"
     )
+
+    @property
+    def threshold(self) -> float:
+        """A reward under it is a failure."""
+        if self.failed_below is not None:
+            return self.failed_below
+        return find_task(self.name).failed_below
 
     def make_asking(self, task: Task, tokenizer: Any) -> Asking:
         """How its problems are put to a policy with this tokenizer; raises `ValueError`."""

@@ -233,6 +233,9 @@ REFUSED = [
     math("data.path=unanswered.jsonl", "unanswered.jsonl, line 2", "missing field 'answer'"),
     math("data.path=unsolved.jsonl", "unsolved.jsonl, line 2", "I give up", "'#### 72'"),
     math("data.path=empty.jsonl", "empty.jsonl", "expected at least one problem"),
+    math(
+        "task.name=code", "data.path: good.jsonl, line 1: missing field 'tests'", "{input, output}"
+    ),
     math("data.path=one.jsonl", "one.jsonl holds 1 problem", "name data.eval_path"),
     math("data.path=./[/b].jsonl", "data.path: ./[/b].jsonl", "no such file"),
     math("data.path=fake.parquet", "fake.parquet", "not a Parquet file"),

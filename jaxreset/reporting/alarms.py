@@ -97,7 +97,7 @@ def describe(kind: str, record: Record, ends: Counter[str], config: Config, task
         )
     if kind == "no signal":
         reward = record["reward/mean"] or 0.0
-        wanted = "easier" if reward < config.task.failed_below else "harder"
+        wanted = "easier" if reward < config.task.threshold else "harder"
         return (
             f"In {STEPS[kind]} steps no group had both right and wrong responses (mean reward "
             f"{reward:.3g}), so the reward teaches nothing. Use "

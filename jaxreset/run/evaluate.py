@@ -18,7 +18,7 @@ from jaxreset.sampling.rounds import Stream
 from jaxreset.sampling.sampler import Sampler
 from jaxreset.tasks.base import Problem, ScoreItems
 from jaxreset.tasks.pipeline import Prompt
-from jaxreset.tasks.rollouts import CUT
+from jaxreset.tasks.rollouts import CUT, holds_marker
 from jaxreset.tasks.scoring import Record, judge, score_together, verdicts
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def respond(
         solved=(scores.rewards >= failed_below).reshape(shape),
         tokens=np.array(tokens).reshape(shape),
         cut=np.isin(reasons, CUT).reshape(shape),
-        answered=np.array([marker in text for _, text in items]).reshape(shape),
+        answered=np.array([holds_marker(text, marker) for _, text in items]).reshape(shape),
         errors=judge(judged, step=stream.step, evaluation=True, keep=keep_errors),
     )
 

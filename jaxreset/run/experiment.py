@@ -125,7 +125,7 @@ class Experiment:
             else make_localizer(config, shapes, asking, policy, self.mesh),
             draw={"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k},
             score=self.score,
-            failed_below=config.task.failed_below,
+            failed_below=config.task.threshold,
             write=steps_writer(
                 asking,
                 max_response=s.max_response_tokens,
@@ -324,7 +324,7 @@ class Experiment:
                 marker=self.task.answer_marker,
                 batch=e.batch,
                 stream=Stream(self.config.seed, step, PHASE + n),
-                failed_below=self.config.task.failed_below,
+                failed_below=self.config.task.threshold,
                 interrupt=self.collector.interrupt,
                 keep_errors=self.collector.keep_errors,
             )

@@ -121,7 +121,7 @@ def _train(config: Config, folder: RunFolder, preemption: Preemption, display: D
     if is_leader():
         with naming_full_disk(folder.path):
             draw_curve(history, curve, title=config.objective)
-            threshold = config.task.failed_below
+            threshold = config.task.threshold
             write_report(folder.path, history, curve, failed_below=threshold)
         display.summary(history, folder.path, curve)
     return Result(folder.path, history, curve, learner.policy)

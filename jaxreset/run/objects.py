@@ -11,7 +11,7 @@ from jaxreset.config import Config
 from jaxreset.config_file import parse_config
 from jaxreset.config_names import CALLBACK
 from jaxreset.errors import ConfigError
-from jaxreset.tasks.classes import complete_object
+from jaxreset.tasks.classes import complete_object, find_task
 from jaxreset.tasks.rewards import OWN
 
 
@@ -34,6 +34,8 @@ def with_objects(
     values, hand = config.model_dump(), extensions.hand_over
     given = dict[tuple[str, ...], Any]()
     if task is not None:
+        if config.task.failed_below == find_task(config.task.name).failed_below:
+            values["task"]["failed_below"] = None  # it was the other task's own
         given["task", "name"] = _hand_over_task(task, values["task"])
     if isinstance(reward, Mapping):
         pairs = {n: r if isinstance(r, tuple) else (r, 1.0) for n, r in reward.items()}

@@ -169,7 +169,7 @@ def _show_verdict(
     """The reward and what speaks for or against it; returns whether the response failed."""
     problem, task = prompt.problem, experiment.task
     there = task.answer_marker in text
-    failed = reward < experiment.config.task.failed_below
+    failed = reward < experiment.config.task.threshold
     words = [f"reward {reward:g} ({'failed' if failed else 'solved'})"]
     words.append(f"answer marker {task.answer_marker!r} {'found' if there else 'NOT found'}")
     if problem.answer:

@@ -99,11 +99,13 @@ class Task:
         name: short name for logs and messages.
         delimiter: text that ends a step of a response.
         answer_marker: text whose appearance makes the current step the last one.
+        failed_below: a reward under it is a failure, unless the config says otherwise; the class's.
     """
 
     name: str = "task"
     delimiter: str = "\n"
     answer_marker: str = "\\boxed{"
+    failed_below: float = 0.5
 
     def prompt(self, problem: Problem) -> str | Sequence[Message]:
         """The raw text that the policy continues, one step at a time; or messages of a chat."""

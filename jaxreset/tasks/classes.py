@@ -13,6 +13,7 @@ TASKS = {
     "chain": "jaxreset.tasks.chain:ChainTask",
     "math": "jaxreset.tasks.math:MathTask",
     "sums": "jaxreset.tasks.sums:SumsTask",
+    "code": "jaxreset.tasks.code:CodeTask",
 }
 EXPECTED = "a class with prompt(problem) and score(items), such as one derived from jaxreset.Task"
 

@@ -80,7 +80,7 @@ def format_values(
       marker: that an answer begins with.
     """
     values: dict[str, list[float]] = {
-        "answered": [float(marker in r.text) for r in rollouts],
+        "answered": [float(holds_marker(r.text, marker)) for r in rollouts],
         "steps": [float(count) for count in steps],
         "drawn_tokens": [float(len(r.drawn)) for r in rollouts],
         "cut": [float(r.cut) for r in rollouts],
@@ -88,6 +88,11 @@ def format_values(
     for reason in list(StopReason)[1:]:  # all that end a row
         values[f"ended_by_{reason.name.lower()}"] = [float(r.end == reason) for r in rollouts]
     return values
+
+
+def holds_marker(text: str, marker: str) -> bool:
+    """Whether an answer marker is in a response; a line break at its end needs not have been written."""
+    return marker in f"{text}\n"
 
 
 class Scored(NamedTuple):

@@ -1,0 +1,1 @@
+"""Programs that a model writes: their tests, and how they are run without harm."""
