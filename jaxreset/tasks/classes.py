@@ -9,7 +9,12 @@ from jaxreset import extensions
 from jaxreset.tasks.base import Task
 
 # Loaded when asked for: the verifier of `math` takes its time to import.
-TASKS = {"chain": "jaxreset.tasks.chain:ChainTask", "math": "jaxreset.tasks.math:MathTask"}
+TASKS = {
+    "chain": "jaxreset.tasks.chain:ChainTask",
+    "math": "jaxreset.tasks.math:MathTask",
+    "choice": "jaxreset.tasks.choice:ChoiceTask",
+    "boolean": "jaxreset.tasks.boolean:BooleanTask",
+}
 EXPECTED = "a class with prompt(problem) and score(items), such as one derived from jaxreset.Task"
 
 

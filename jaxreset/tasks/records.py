@@ -1,13 +1,13 @@
 r"""Problems from files: JSON lines, Parquet, or a data set of the `datasets` library.
 
-A record is understood by its field names:
+A task reads a record by its field names. Those whose answer is mathematics (`schemas`):
 
 - `question`, `answer` (GSM8K): the final answer is what follows the last `####` of `answer`; a
   `\boxed{…}` in it, or a bare number, serves too;
 - `problem`, `solution` (MATH): the last `\boxed{…}` of `solution`;
 - `problem`, `answer` (NuminaMath): `answer` itself; `solution` is then not read.
 
-Other fields are ignored. Problems are named by file and line (`train:17`), so a log line leads back
+Other fields are ignored there. Problems are named by file and line (`train:17`), so a log line leads back
 to the record. Numbers are written out as they were meant: 1e-5 is `0.00001`, a float32 0.1 is `0.1`.
 Records whose answer nothing could equal (`proof`, `not found`, NaN) are left out and counted.
 """
@@ -29,7 +29,6 @@ from jaxreset.tasks.fields import UngradableError, brief
 from jaxreset.tasks.schemas import read_problem
 
 SUFFIXES = (".jsonl", ".parquet")
-_FIELDS = ("question", "problem", "answer", "solution")
 
 ReadRecord = Callable[[Mapping[str, Any]], Problem]
 
@@ -161,16 +160,15 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a Parquet file ({error})") from error
-    columns = [field for field in _FIELDS if field in file.schema_arrow.names]
     arrow_names = {"float": "float32", "halffloat": "float16"}
     types = {
-        field: arrow_names[str(file.schema_arrow.field(field).type)]
-        for field in columns
-        if str(file.schema_arrow.field(field).type) in arrow_names
+        field.name: arrow_names[str(field.type)]
+        for field in file.schema_arrow
+        if str(field.type) in arrow_names
     }
     number = 0
     try:
-        for batch in file.iter_batches(columns=columns):
+        for batch in file.iter_batches():
             for record in _narrowed(_text_rows(batch), types):
                 number += 1
                 yield number, f"row {number}", record
