@@ -14,6 +14,7 @@ TASKS = {
     "math": "jaxreset.tasks.math:MathTask",
     "choice": "jaxreset.tasks.choice:ChoiceTask",
     "boolean": "jaxreset.tasks.boolean:BooleanTask",
+    "gym": "jaxreset.tasks.gym:GymTask",
 }
 EXPECTED = "a class with prompt(problem) and score(items), such as one derived from jaxreset.Task"
 
