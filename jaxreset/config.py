@@ -104,18 +104,7 @@ class Config(Section):
     def _check_task(self, objective: Objective) -> None:
         """That the task has what the other sections ask of it."""
         name, task = self.task.name, find_task(self.task.name)
-        own = name not in TASKS
-        if self.task.options and not own:
-            raise ValueError(
-                f"task.options are for a class of your own; task.name={name} has keys in the section task"
-            )
-        if own:
-            extensions.check_call(
-                task,
-                f"task.options to be the arguments of {name}",
-                count=0,
-                keywords=self.task.options,
-            )
+        self.task.check_options(task)
         if self.data.path is None and not makes_problems(task):
             raise ValueError(f"data.path is null, but task.name={name} needs problems: name a file")
         if name == "chain" and (self.task.delimiter or self.task.answer_marker):
@@ -131,9 +120,9 @@ class Config(Section):
                 f"sampling.max_prompt_tokens={2 * lines + 1} and sampling.max_response_tokens="
                 f"{5 * lines + self.sampling.max_step_tokens})"
             )
-        if name == "math" and self.model.path is None:
+        if name in TASKS and name != "chain" and self.model.path is None:
             raise ValueError(
-                "model.path is null, but task.name=math needs a pretrained policy: name a folder"
+                f"model.path is null, but task.name={name} needs a pretrained policy: name a folder"
             )
         if self.warm_start.steps and not demonstrates(task):
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import difflib
 import inspect
 import math
 import re
@@ -50,6 +51,7 @@ ARGUMENTS = (
     *("solve_prompt", "localize_prompt", "inline_prompt", "processes", "cpu_seconds"),
     *("min_terms", "max_terms", "modulus", "mistakes", "misread", "strict"),
 )
+_ATTRIBUTES = ("name", "delimiter", "answer_marker")  # of a task that is a dataclass: no options
 
 
 class TaskConfig(Section):
@@ -57,9 +59,11 @@ class TaskConfig(Section):
 
     name: TaskName = Field(
         "chain",
-        description="chain, math, choice, boolean, code, gym, or a class by its import path",
+        description="chain, sums, math, choice, boolean, code, gym, or a class by its import path",
     )
-    options: dict[str, Any] = Field({}, description="arguments of the task's class")
+    options: dict[str, Any] = Field(
+        {}, description="arguments of the task's class, beside the keys here"
+    )
     reward: Annotated[dict[str, Reward] | None, BeforeValidator(by_name)] = Field(
         None,
         description="import path of a function, or several by names of your own; null: the task's own",
@@ -141,6 +145,28 @@ class TaskConfig(Section):
             task = copy.copy(task)
             vars(task).update({name: text for name, text in written.items() if text})
         return task
+
+    def check_options(self, kind: type[Task]) -> None:
+        """That `options` are arguments of the task's class; raises `ValueError`."""
+        if self.name not in TASKS:
+            expected = f"task.options to be the arguments of {self.name}"
+            extensions.check_call(kind, expected, count=0, keywords=self.options)
+            return
+        parameters = inspect.signature(kind).parameters
+        known = [name for name in parameters if name not in (*ARGUMENTS, *_ATTRIBUTES)]
+        for name in self.options:
+            if name in TaskConfig.model_fields:
+                raise ValueError(f"task.options.{name}: it is a key of its own; set task.{name}")
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+                raise ValueError(
+                    f"task.options.{name}: task.name={self.name} has no such option; "
+                    f"{hint if known else 'it has none'}"
+                )
+        for name in known:
+            if name not in self.options and parameters[name].default is inspect.Parameter.empty:
+                raise ValueError(f"task.options.{name} is missing; task.name={self.name} needs it")
 
     def make_rewards(self, task: Task) -> Rewards | None:
         """What scores in place of the task; None: nothing does."""
@@ -261,7 +287,9 @@ class Data(Section):
         None, description="the first so many problems that are kept; null: all"
     )
     eval_size: PositiveInt = Field(500, description="held-out problems evaluated, of each set")
-    chain_size: PositiveInt = Field(100_000, description="chain: training problems")
+    chain_size: PositiveInt = Field(
+        100_000, description="training problems of a task that generates them"
+    )
     overlong: Literal["drop", "refuse"] = Field("drop", description="prompts over the limit")
 
     def selections(self) -> dict[str, Selection]:

@@ -231,7 +231,16 @@ WRONG = [
         "task.name=wrong_ways:Needy task.options.size=3",
         "data.path is null, but task.name=wrong_ways:Needy",
     ),
-    ("task.options.size=3", "task.options are for a class of your own"),
+    ("task.options.size=3", "task.options.size: task.name=chain has no such option; it has none"),
+    ("task.options.modulus=3", "task.options.modulus: it is a key of its own; set task.modulus"),
+    (
+        "task.name=gym task.options.generator=[gcd] model.path=./model",
+        "task.options.generator: task.name=gym has no such option; did you mean 'generators'?",
+    ),
+    (
+        "task.name=gym model.path=./model",
+        "task.options.generators is missing; task.name=gym needs it",
+    ),
     ("objective=srpoo", "no objective is called 'srpoo'; did you mean 'srpo'?"),
     ("objective=wrong_ways:number", "3 is no objective; expected a jaxreset.Objective"),
     ("loss.advantage=stdd", "loss.advantage: no advantage is called 'stdd'; did you mean 'std'?"),

@@ -44,6 +44,7 @@ def materials(tmp_path_factory):
         "unsolved.jsonl": f'{good}\n{{"question": "What is ten?", "answer": "I give up"}}\n',
         "listed.jsonl": "[1, 2]\n",
         "empty.jsonl": "\n",
+        "choices.jsonl": json.dumps({"question": "?", "options": ["red", "blue"], "answer": "C"}),
         "problems.csv": "question,answer\n",
         "fake.parquet": "no parquet",
         "long.jsonl": f"{good}\n" + json.dumps(PROBLEM | {"question": "ten " * 900}) + "\n",
@@ -232,6 +233,13 @@ REFUSED = [
     math("data.path=listed.jsonl", "listed.jsonl, line 1", "[1, 2]", "expected a JSON object"),
     math("data.path=unanswered.jsonl", "unanswered.jsonl, line 2", "missing field 'answer'"),
     math("data.path=unsolved.jsonl", "unsolved.jsonl, line 2", "I give up", "'#### 72'"),
+    math(
+        "task.name=choice data.path=choices.jsonl",
+        "choices.jsonl, line 1: field 'answer' is 'C'; expected one of A, B, or an option's text",
+    ),
+    math("task.name=boolean", "good.jsonl, line 1: field 'answer' is", "expected true or false"),
+    math("task.name=choice model.path=null", "task.name=choice needs a pretrained policy"),
+    math("task.name=boolean data.path=null", "task.name=boolean needs problems: name a file"),
     math("data.path=empty.jsonl", "empty.jsonl", "expected at least one problem"),
     math(
         "task.name=code", "data.path: good.jsonl, line 1: missing field 'tests'", "{input, output}"

@@ -14,6 +14,9 @@ TASKS = {
     "math": "jaxreset.tasks.math:MathTask",
     "sums": "jaxreset.tasks.sums:SumsTask",
     "code": "jaxreset.tasks.code:CodeTask",
+    "choice": "jaxreset.tasks.choice:ChoiceTask",
+    "boolean": "jaxreset.tasks.boolean:BooleanTask",
+    "gym": "jaxreset.tasks.gym:GymTask",
 }
 EXPECTED = "a class with prompt(problem) and score(items), such as one derived from jaxreset.Task"
 

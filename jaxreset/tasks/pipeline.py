@@ -184,12 +184,15 @@ def fit_prompts(
     """Leaves out problems whose prompt has more than `limit` tokens.
 
     Generated problems are bounded by construction: only the first hundred are looked at, and an
-    overlong one is refused.
+    overlong one is refused. Those that aren't have a method `fitting(fits)`, which gives others in place
+    of overlong ones.
 
     Raises:
       ValueError: an overlong prompt with `refuse`, or no problem left; with the numbers.
     """
     generated = not isinstance(problems, list)
+    if not refuse and hasattr(problems, "fitting"):
+        problems = problems.fitting(lambda problem: len(asking.tokens([problem])[0]) <= limit)
     looked_at = [problems[i] for i in range(min(len(problems), 100))] if generated else problems
     encoded = asking.tokens(looked_at)
     lengths = np.array([len(ids) for ids in encoded])

@@ -27,7 +27,7 @@ import sys
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -50,10 +50,7 @@ LONGEST_REASON = 4000  # characters kept of a traceback
 # These come to the whole process group and are meant for the parent, which ends its workers.
 _FOR_THE_PARENT = (signal.SIGINT, signal.SIGTERM)
 
-_BOOT = (
-    "import sys; fd, *sys.path[:] = sys.argv[1:]; "
-    "from jaxreset.tasks.workers import serve; serve(int(fd))"
-)
+_BOOT = "import sys; fd, *sys.path[:] = sys.argv[1:]; from {} import {}; {}(int(fd))"
 
 
 class ItemLimits(NamedTuple):
@@ -198,6 +195,49 @@ class RewardWorkers:
         worker.end()
 
 
+def start_process(
+    serving: Callable[[int], None], environment: Mapping[str, str] | None = None
+) -> tuple[subprocess.Popen[bytes], Connection]:
+    """A fresh interpreter that calls `serving(fd)`, and this end of the pipe `fd`.
+
+    Args:
+        serving: a function at the top level of an importable module; it calls `ignore_interrupts`,
+            and returns when the other end closes.
+        environment: variables added to this process's.
+    """
+    pipe, theirs = Pipe()
+    with theirs:
+        fd = theirs.fileno()
+        path = [entry or os.getcwd() for entry in sys.path]
+        name = serving.__name__
+        # The process starts with them blocked, until it ignores them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)
+        try:
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    _BOOT.format(serving.__module__, name, name),
+                    str(fd),
+                    *path,
+                ],
+                pass_fds=[fd],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, **(environment or {})},
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return process, pipe
+
+
+def ignore_interrupts() -> None:
+    """What comes to the whole process group is the parent's to answer."""
+    for interrupt in _FOR_THE_PARENT:
+        signal.signal(interrupt, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_PARENT)
+
+
 class _Worker:
     """The parent's side of a worker: `ready` once it has started, `index` of the item it scores."""
 
@@ -205,21 +245,7 @@ class _Worker:
         self.ready = False
         self.index: int | None = None
         self.limits = limits
-        self.pipe, theirs = Pipe()
-        with theirs:
-            fd = theirs.fileno()
-            path = [entry or os.getcwd() for entry in sys.path]
-            # The worker starts with them blocked, until it ignores them.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)
-            try:
-                self.process = subprocess.Popen(
-                    [sys.executable, "-c", _BOOT, str(fd), *path],
-                    pass_fds=[fd],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                )
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.process, self.pipe = start_process(serve)
         self._send((functions, limits))
 
     def give(self, index: int, item: Item) -> None:
@@ -257,12 +283,11 @@ class _Worker:
 
 def serve(fd: int) -> None:
     """The worker: scores the items that arrive on the pipe `fd` until the other end closes."""
-    for interrupt in _FOR_THE_PARENT:
-        signal.signal(interrupt, signal.SIG_IGN)
+    ignore_interrupts()
     deadlines = (signal.SIGPROF, signal.SIGALRM)
     for deadline in deadlines:
         signal.signal(deadline, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*deadlines, *_FOR_THE_PARENT})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, deadlines)
     pipe = Connection(fd)
     try:
         functions, limits = pipe.recv()

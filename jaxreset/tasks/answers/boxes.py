@@ -86,15 +86,20 @@ def final_answer(text: str) -> str | None:
 
 def _boxes(text: str) -> list[_Box]:
     """The complete boxes of `text` in their order; of nested ones the innermost."""
-    open_braces: list[tuple[bool, int, int]] = []  # (is a box, where it and its contents begin)
+    if r"\boxed" not in text and r"\fbox" not in text:
+        return []
+    open_braces: list[re.Match[str] | None] = []  # those of boxes; None for the others
     boxes: list[_Box] = []
     for token in _BOX_TOKEN.finditer(text):
-        if token["box"] or token[0] == "{":
-            open_braces.append((bool(token["box"]), token.start(), token.end()))
-        elif token[0] == "}" and open_braces:
-            is_box, start, begin = open_braces.pop()
-            if is_box and not (boxes and boxes[-1].begin > begin):
-                boxes.append(_Box(start, begin, token.start()))
+        written = token[0]
+        if written == "{":
+            open_braces.append(None)
+        elif written == "}":
+            box = open_braces.pop() if open_braces else None
+            if box is not None and not (boxes and boxes[-1].begin > box.end()):
+                boxes.append(_Box(box.start(), box.end(), token.start()))
+        elif token["box"]:
+            open_braces.append(token)
     return boxes
 
 

@@ -1,0 +1,60 @@
+r"""Tasks whose answer is one of a few, written in `\boxed{}`: read in linear time, so without workers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxreset.tasks.answers import last_boxed
+from jaxreset.tasks.base import Item, Problem, Scores
+from jaxreset.tasks.templated import TemplatedTask
+
+# What may stand around an answer and is no part of it: a font, math mode, braces.
+_WRAPPED = re.compile(
+    r"(?:\\(?:text|textbf|textrm|textit|texttt|mathrm|mathbf|mathit|mathsf|mathtt|mbox|operatorname)\s*)?"
+    r"\{(?P<braces>.*)\}|\${1,2}(?P<dollars>[^$]*)\${1,2}|\\\((?P<parens>.*)\\\)",
+    re.DOTALL,
+)
+_LAYERS = 4  # of that; what is wrapped deeper is no answer that anybody means
+
+
+class BoxedTask(TemplatedTask):
+    r"""A `Task` whose steps are lines, unless told otherwise, and whose answer stands in the last box.
+
+    A reward is 1.0 (the problem's answer) or 0.0. The task can't tell the true first wrong step.
+    """
+
+    delimiter = "\n"
+    answer_marker = r"\boxed{"
+
+    def right(self, problem: Problem, answer: str) -> bool:
+        """Whether the contents of a box are the problem's answer, in time linear in their length."""
+        raise NotImplementedError
+
+    def score(self, items: Sequence[Item]) -> Scores:
+        """Rewards of (problem, response text) pairs, in their order."""
+        boxes = [(p, last_boxed(text.replace(self.delimiter, "\n"))) for p, text in items]
+        right = [box is not None and self.right(problem, unwrapped(box)) for problem, box in boxes]
+        return Scores(np.array(right, np.float64), ())
+
+    def reference(self, problem: Problem) -> list[str] | None:
+        """The steps of the reference solution, and the boxed answer as the last."""
+        steps = super().reference(problem)
+        return steps and [*steps, f"\\boxed{{{problem.answer}}}"]
+
+
+def unwrapped(answer: str) -> str:
+    r"""An answer without fonts, dollars and braces around it; linear in its length.
+
+    >>> unwrapped(r"$\text{ (B) }$")
+    '(B)'
+    """
+    answer = answer.strip()
+    for _ in range(_LAYERS):
+        found = _WRAPPED.fullmatch(answer)
+        if found is None:
+            break
+        answer = next(inside for inside in found.groups() if inside is not None).strip()
+    return answer
