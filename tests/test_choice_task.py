@@ -416,3 +416,13 @@ def test_templates_and_delimiters_of_ones_own(kind):
     assert rewards(task, problem, f"So.</step>\\boxed {problem.answer}</step>") == [1]
     with pytest.raises(ValueError, match=r"localize_prompt: the text lacks \{problem\};"):
         kind(localize_prompt="{count}, {steps}")
+
+
+def test_a_response_votes_for_a_letter_or_a_word_however_it_is_written():
+    problem = Problem("p", "Which?", "B", extra={"options": ("red", "blue")})
+    for text, letter in (("\\boxed{(b)}", "B"), ("\\boxed{blue}", "B"), ("\\boxed{A. red}", "A")):
+        assert ChoiceTask().answer(problem, text) == letter
+    assert ChoiceTask().answer(problem, "B") is ChoiceTask().answer(problem, "\\boxed{C}") is None
+    question = Problem("q", "Is it?", "yes")
+    assert BooleanTask().answer(question, "\\boxed{\\text{True}}") == "yes"
+    assert BooleanTask().answer(question, "\\boxed{perhaps}") is None

@@ -35,6 +35,7 @@ EXAMPLES = ROOT / "examples" / "data" / "code.jsonl"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs run on Linux alone")
 
+PROBLEM = Problem("p", "?", "")
 DOUBLE = {"question": "Print twice the number.", "tests": [{"input": "2\n", "output": "4\n"}]}
 PUBLIC = [{"input": "3\n[1]", "output": "[1, 3]", "testtype": "functional"}]
 PRIVATE = [{"input": '"a"\n[]', "output": '["a"]', "testtype": "functional"}]
@@ -398,8 +399,8 @@ def test_no_program_is_cut(program):
 
 
 def test_an_answer_is_the_program(task):
-    assert task.answer("So:</thought>```python\nprint(1)\n```</thought>") == "print(1)\n"
-    assert task.answer("So: 1") is None
+    assert task.answer(PROBLEM, "So:</thought>```python\nprint(1)\n```</thought>") == "print(1)\n"
+    assert task.answer(PROBLEM, "So: 1") is None
     assert holds_marker("```python\nprint(1)\n```", task.answer_marker)
     assert not holds_marker("```python\nprint(1)\n``", task.answer_marker)
 

@@ -16,9 +16,10 @@ from scipy.stats import binomtest
 from jaxreset.run.estimators import estimate, majority, pass_at_k, powers_of_two
 from jaxreset.tasks.answers import answers_equal
 from jaxreset.tasks.answers.normal import LONGEST, normal_form
-from jaxreset.tasks.base import ANSWERED_WITHIN, Task
+from jaxreset.tasks.base import ANSWERED_WITHIN, Problem, Task
 from jaxreset.tasks.math import MathTask
 
+PROBLEM = Problem("p", "?", "1")
 OUTCOMES = st.lists(st.booleans(), min_size=1, max_size=7)
 
 
@@ -202,24 +203,26 @@ def test_common_ways_of_writing_are_counted_together(equal):
 def test_the_answer_of_a_response_is_what_its_verifier_reads():
     plain, maths = Task(), MathTask(processes=1)
     text = "so \\boxed{7}, no:\n\\boxed{\\frac{2}{4}}\n"
-    assert plain.answer(text) == r"\frac{2}{4}"
-    assert maths.answer(text) == "1/2"
+    assert plain.answer(PROBLEM, text) == r"\frac{2}{4}"
+    assert maths.answer(PROBLEM, text) == "1/2"
     for task in (plain, maths):
-        assert task.answer("I give up") is None
-        assert task.answer("\\boxed{") is None
-        assert task.answer("\\boxed{ }") is None
-        assert task.answer("#### 5") == "5"
+        assert task.answer(PROBLEM, "I give up") is None
+        assert task.answer(PROBLEM, "\\boxed{") is None
+        assert task.answer(PROBLEM, "\\boxed{ }") is None
+        assert task.answer(PROBLEM, "#### 5") == "5"
     maths.delimiter = "</thought>"
-    assert maths.answer("#### 1,080</thought>") == "1080"
+    assert maths.answer(PROBLEM, "#### 1,080</thought>") == "1080"
 
 
 def test_behind_another_marker_the_answer_is_the_rest_of_the_line():
     task = Task()
     task.answer_marker, task.delimiter = "Answer:", "</thought>"
-    assert task.answer("Answer: 3</thought>Answer: 4 apples </thought>more\n") == "4 apples"
-    assert task.answer("Answer:\n  B\nbecause") == "B"
-    assert task.answer("\\boxed{5}") is None
-    assert task.answer("Answer:") is None
+    assert (
+        task.answer(PROBLEM, "Answer: 3</thought>Answer: 4 apples </thought>more\n") == "4 apples"
+    )
+    assert task.answer(PROBLEM, "Answer:\n  B\nbecause") == "B"
+    assert task.answer(PROBLEM, "\\boxed{5}") is None
+    assert task.answer(PROBLEM, "Answer:") is None
 
 
 MILLION = 10**6
@@ -245,7 +248,7 @@ def test_hostile_responses_cost_no_time(text):
     """They are read in the trainer's own process."""
     start = time.process_time()
     for task in (Task(), MathTask(processes=1)):
-        answer = task.answer(text)
+        answer = task.answer(PROBLEM, text)
         assert answer is None or len(answer) <= ANSWERED_WITHIN
     assert time.process_time() - start < 1.0
 

@@ -177,18 +177,18 @@ def test_a_task_whose_answer_fails_is_named_and_its_responses_do_not_vote(caplog
     both, _ = answered({0: "S1", 1: "S1"}, 0, 1, samples=2)
     one, _ = answered({0: "S", 1: "S"}, 0, 1, samples=1)
 
-    def fails_on_right(text):
-        if TASK.answer(text) == "6":
+    def fails_on_right(problem, text):
+        if TASK.answer(problem, text) == "6":
             raise KeyError("six")
-        return TASK.answer(text)
+        return TASK.answer(problem, text)
 
     with caplog.at_level(logging.WARNING):
         metrics = measure(SetResponses("hard", both, one), fails_on_right)
     assert metrics["majority@2"] == 0
-    assert "hard: the task's answer(response) failed on 2 of 4 responses" in caplog.text
+    assert "hard: the task's answer(problem, response) failed on 2 of 4 responses" in caplog.text
     assert "KeyError: 'six'" in caplog.text
     caplog.clear()
-    measure(SetResponses("hard", both, one), lambda text: 6)
+    measure(SetResponses("hard", both, one), lambda problem, text: 6)
     assert "failed on 4 of 4 responses" in caplog.text
     assert "TypeError: it returned 6: expected a text, or None" in caplog.text
     caplog.clear()

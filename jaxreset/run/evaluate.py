@@ -127,7 +127,7 @@ def respond(
     )
 
 
-def measure(of: SetResponses, answer: Callable[[str], str | None]) -> dict[str, float]:
+def measure(of: SetResponses, answer: Callable[[Problem, str], str | None]) -> dict[str, float]:
     """The metrics of a set, their names without a prefix.
 
     `accuracy` is the mean over problems of the share of their responses that solve them. `answer` gives the
@@ -162,13 +162,13 @@ def measure(of: SetResponses, answer: Callable[[str], str | None]) -> dict[str, 
     return metrics
 
 
-def _majorities(of: SetResponses, answer: Callable[[str], str | None]) -> np.ndarray:
+def _majorities(of: SetResponses, answer: Callable[[Problem, str], str | None]) -> np.ndarray:
     """Each problem's chance [N] that its most frequent answer is right; says where `answer` fails."""
     failures: list[str] = []
 
-    def read(text: str) -> str | None:
+    def read(problem: Problem, text: str) -> str | None:
         try:
-            found = answer(text)
+            found = answer(problem, text)
             if not isinstance(found, str | None):
                 raise TypeError(f"it returned {found!r:.100}: expected a text, or None")
         # A task from outside may raise anything; that one response has no vote is in the warning.
@@ -178,12 +178,15 @@ def _majorities(of: SetResponses, answer: Callable[[str], str | None]) -> np.nda
         return found
 
     values = [
-        majority([read(text) for text in texts], solved)
-        for texts, solved in zip(of.sampled.texts, of.sampled.solved, strict=True)
+        majority([read(problem, text) for text in texts], solved)
+        for problem, texts, solved in zip(
+            of.sampled.problems, of.sampled.texts, of.sampled.solved, strict=True
+        )
     ]
     if failures:
         logger.warning(
-            "%s: the task's answer(response) failed on %d of %d responses, which don't vote. The first: %s",
+            "%s: the task's answer(problem, response) failed on %d of %d responses, which don't vote. "
+            "The first: %s",
             of.name, len(failures), of.sampled.solved.size, failures[0],
         )  # fmt: skip
     return np.array(values)

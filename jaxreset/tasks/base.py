@@ -133,16 +133,15 @@ class Task:
         """
         raise NotImplementedError
 
-    def answer(self, response: str) -> str | None:
-        r"""The final answer of a response, equal texts for equal answers; None: it has none.
+    def answer(self, problem: Problem, response: str) -> str | None:
+        r"""The final answer of a response to the problem, equal texts for equal answers; None: it has none.
 
         It is what `majority@k` counts. By default the last `\boxed{…}`, or the rest of the line behind the
         last answer marker, where that is another. Called in the trainer's own process, on whatever the
         policy wrote: it takes next to no time.
         """
-        from jaxreset.tasks.answers.boxes import (
-            final_answer,
-        )  # of a package that not every task needs
+        # Of a package that not every task needs.
+        from jaxreset.tasks.answers.boxes import final_answer
 
         end = response[-ANSWERED_WITHIN:]
         if "boxed" in self.answer_marker:

@@ -32,9 +32,9 @@ class BooleanTask(BoxedTask):
         question = text_of(record, "question", "the question's text")
         return Problem("", question, _answer(record), _solution(record))
 
-    def right(self, problem: Problem, answer: str) -> bool:
-        """Whether `answer` says what the problem's answer says."""
-        return _meaning(answer) == problem.answer
+    def meaning(self, problem: Problem, answer: str) -> str | None:
+        """Yes or no, however `answer` says it."""
+        return _meaning(answer)
 
 
 def _answer(record: Mapping[str, Any]) -> str:

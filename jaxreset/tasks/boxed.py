@@ -29,14 +29,19 @@ class BoxedTask(TemplatedTask):
     delimiter = "\n"
     answer_marker = r"\boxed{"
 
-    def right(self, problem: Problem, answer: str) -> bool:
-        """Whether the contents of a box are the problem's answer, in time linear in their length."""
+    def meaning(self, problem: Problem, answer: str) -> str | None:
+        """What the contents of a box say, as the problem's answer would say it, in time linear in their
+        length; None: nothing that could be the answer."""
         raise NotImplementedError
+
+    def answer(self, problem: Problem, response: str) -> str | None:
+        """What the last box of a response says; see `Task.answer`."""
+        box = last_boxed(response.replace(self.delimiter, "\n"))
+        return None if box is None else self.meaning(problem, unwrapped(box))
 
     def score(self, items: Sequence[Item]) -> Scores:
         """Rewards of (problem, response text) pairs, in their order."""
-        boxes = [(p, last_boxed(text.replace(self.delimiter, "\n"))) for p, text in items]
-        right = [box is not None and self.right(problem, unwrapped(box)) for problem, box in boxes]
+        right = [self.answer(problem, text) == problem.answer for problem, text in items]
         return Scores(np.array(right, np.float64), ())
 
     def reference(self, problem: Problem) -> list[str] | None:

@@ -72,10 +72,10 @@ class ChoiceTask(BoxedTask):
         asked, letter = f"{question.rstrip()}\n\n{listed}", ascii_uppercase[right]
         return Problem("", asked, letter, _solution(record), extra={"options": tuple(texts)})
 
-    def right(self, problem: Problem, answer: str) -> bool:
-        """Whether `answer` is the letter of the problem's answer, or that option's text."""
+    def meaning(self, problem: Problem, answer: str) -> str | None:
+        """The letter of the option that `answer` names, by letter or text."""
         chosen = choose(answer, problem.extra["options"])
-        return chosen is not None and ascii_uppercase[chosen] == problem.answer
+        return None if chosen is None else ascii_uppercase[chosen]
 
 
 def choose(answer: str, options: Sequence[str]) -> int | None:

@@ -124,7 +124,7 @@ class CodeTask(Task):
         """Without delimiters, which would hide the fence that they stand behind."""
         return response.replace(self.delimiter, "\n") if self.delimiter.strip() else response
 
-    def answer(self, response: str) -> str | None:
+    def answer(self, problem: Problem, response: str) -> str | None:
         """The program of a response; None: it has none."""
         return last_program(self._plain(response))
 

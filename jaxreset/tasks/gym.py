@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxreset.errors import ConfigError
-from jaxreset.tasks.base import Item, Problem, Scores
-from jaxreset.tasks.gym_library import MOST, Draw, Drawer, prepare_scorers, score_answer
+from jaxreset.tasks.base import ANSWERED_WITHIN, Item, Problem, Scores
+from jaxreset.tasks.gym_library import MOST, Draw, Drawer, prepare_scorers, score_answer, tagged
 from jaxreset.tasks.templated import TemplatedTask
 from jaxreset.tasks.workers import RewardWorkers
 
@@ -203,6 +203,10 @@ class GymTask(TemplatedTask):
     def score(self, items: Sequence[Item]) -> Scores:
         """Rewards of (problem, response text) pairs; see `RewardWorkers.score` for its errors."""
         return self._workers.score(items)
+
+    def answer(self, problem: Problem, response: str) -> str | None:
+        """What stands between the last tags; see `Task.answer`."""
+        return tagged(response[-ANSWERED_WITHIN:])
 
     def close(self) -> None:
         """Ends the processes that draw and score; they start again when they are needed."""

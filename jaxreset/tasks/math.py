@@ -50,7 +50,7 @@ class MathTask(TemplatedTask):
         # A delimiter right behind an unboxed answer is no part of it.
         return self._workers.score([(p, text.replace(self.delimiter, "\n")) for p, text in items])
 
-    def answer(self, response: str) -> str | None:
+    def answer(self, problem: Problem, response: str) -> str | None:
         """The final answer in its normal form; see `Task.answer`."""
         found = final_answer(response[-ANSWERED_WITHIN:].replace(self.delimiter, "\n"))
         return normal_form(found) or None if found else None
