@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import itertools
 import json
@@ -19,13 +20,21 @@ from hypothesis import strategies as st
 
 import jaxreset
 from jaxreset.config_file import dump_config, load_config, parse_config
+from jaxreset.errors import ConfigError
 from jaxreset.run.objects import with_objects
 from jaxreset.steps import Progress, advance, build_automaton, split_steps
 from jaxreset.tasks.base import Problem
 from jaxreset.tasks.chain import ChainTask
 from jaxreset.tasks.code import CodeTask
 from jaxreset.tasks.fields import UngradableError
-from jaxreset.tasks.programs.records import ProgramTest, packed, read_record, unpacked
+from jaxreset.tasks.fingerprint import fingerprint
+from jaxreset.tasks.programs.records import (
+    PackedTests,
+    ProgramTest,
+    packed,
+    read_record,
+    unpacked,
+)
 from jaxreset.tasks.programs.verdicts import last_program, same_output, same_value
 from jaxreset.tasks.records import load_problems
 from jaxreset.tasks.rollouts import holds_marker
@@ -194,6 +203,20 @@ def test_tests_that_every_program_passes_are_left_out():
 @given(st.lists(st.builds(ProgramTest, st.text(max_size=20), st.text(max_size=20)), max_size=3))
 def test_tests_are_packed_without_loss(cases):
     assert unpacked(packed(cases)) == cases
+
+
+def test_the_same_tests_have_the_same_fingerprint(monkeypatch):
+    """However they were compressed, and whatever wrapped them."""
+    problem = read_record(BENCH)
+    assert repr(problem.extra["tests"]).startswith("PackedTests(2 tests, sha256 ")
+    otherwise = zlib.compress(json.dumps(unpacked(problem.extra["tests"])).encode(), 9)
+    assert otherwise != problem.extra["tests"]
+    again = dataclasses.replace(
+        problem, extra={"tests": PackedTests(otherwise), "function": "append"}
+    )
+    wrapped_up = read_record(BENCH | {"private_test_cases": wrapped(json.dumps(PRIVATE).encode())})
+    assert fingerprint([problem]) == fingerprint([again]) == fingerprint([wrapped_up])
+    assert fingerprint([problem]) != fingerprint([read_record(BENCH | {"private_test_cases": ""})])
 
 
 # What is a program
@@ -467,7 +490,7 @@ def test_a_delimiter_right_behind_the_fence_hides_nothing(task):
     "wrong",
     [
         *({"cpu_seconds": 0}, {"wall_seconds": -1}, {"processes": 0}),
-        *({"memory_bytes": float("inf")}, {"memory_bytes": 1000}),
+        *({"memory_bytes": float("inf")}, {"memory_bytes": 1000}, {"wall_seconds": "1 s"}),
     ],
 )
 def test_settings_out_of_range(wrong):
@@ -496,6 +519,13 @@ def test_a_failure_of_code_is_one_test_that_fails():
     resolved = config("task.name=code")
     assert "failed_below: 1.0" in dump_config(resolved)
     assert parse_config(resolved.model_dump()) == resolved
+
+
+def test_its_own_limits_are_options():
+    options = config("task.name=code", "task.options={wall_seconds: 7, memory_bytes: 500000000}")
+    assert options.task.make()._workers._limits.wall_seconds == 67
+    with pytest.raises(ConfigError, match=r"task.options.wall: .*known: wall_seconds, memory_bytes"):
+        config("task.name=code", "task.options.wall=7")
 
 
 class Strict:

@@ -15,6 +15,7 @@ own, and its result in JSON.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import pickletools
 import zlib
@@ -75,9 +76,17 @@ def read_record(record: Mapping[str, Any]) -> Problem:
     )
 
 
-def packed(cases: Sequence[ProgramTest]) -> bytes:
-    """Tests as a problem carries them."""
-    return zlib.compress(json.dumps(cases).encode(), 1)
+class PackedTests(bytes):
+    """Tests as a problem carries them: compressed, which other machines may do otherwise."""
+
+    def __repr__(self) -> str:
+        digest = hashlib.sha256(zlib.decompress(self)).hexdigest()
+        return f"{type(self).__name__}({len(unpacked(self))} tests, sha256 {digest})"
+
+
+def packed(cases: Sequence[ProgramTest]) -> PackedTests:
+    """Tests, packed."""
+    return PackedTests(zlib.compress(json.dumps(cases).encode(), 1))
 
 
 def unpacked(tests: bytes) -> list[ProgramTest]:
