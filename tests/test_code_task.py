@@ -524,7 +524,9 @@ def test_a_failure_of_code_is_one_test_that_fails():
 def test_its_own_limits_are_options():
     options = config("task.name=code", "task.options={wall_seconds: 7, memory_bytes: 500000000}")
     assert options.task.make()._workers._limits.wall_seconds == 67
-    with pytest.raises(ConfigError, match=r"task.options.wall: .*known: wall_seconds, memory_bytes"):
+    with pytest.raises(
+        ConfigError, match=r"task.options.wall: .*known: wall_seconds, memory_bytes"
+    ):
         config("task.name=code", "task.options.wall=7")
 
 
