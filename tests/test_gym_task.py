@@ -168,12 +168,12 @@ def test_what_the_library_takes_for_right_by_mistake_is_not(task, name, answer):
 def test_a_problem_is_the_same_in_another_process_and_order(task, elsewhere, name):
     here = of(task, name, size=2**22)
     there = GymProblems("train", 2**22, here.generators, elsewhere)
-    numbers = [0, 7, 2**22 - 1, 41]
+    numbers = [0, 7, 2**22 - 1, *range(41, 81)]
     first = [here[i] for i in numbers]
     second = [there[i] for i in reversed(numbers)][::-1]
     assert first == second
     assert [p.extra for p in first] == [p.extra for p in second]
-    assert len({p.question for p in first}) == len(numbers)
+    assert len({p.question for p in first}) > 0.9 * len(numbers)
 
 
 @pytest.mark.parametrize(
