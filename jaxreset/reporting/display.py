@@ -96,19 +96,27 @@ class Display:
         if not self.console.is_terminal and (step % every == 0 or step == self._total):
             self.console.print(f"{self._name} {step}/{self._total}  {text}")
 
-    def summary(self, history: Sequence[dict[str, Any]], folder: Path, curve: Path) -> None:
-        """The table at the end of a run, and where its files are."""
+    def summary(
+        self,
+        history: Sequence[dict[str, Any]],
+        folder: Path,
+        curve: Path,
+        *,
+        before: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """The table at the end of a run, and where its files are; `before`: what was measured before a
+        warm start."""
         table = Table(title=f"{folder.name}: accuracy on held-out problems (95% interval)")
         for column in ("step", "sampled", "greedy", "tokens sampled", "minutes"):
             table.add_column(column, justify="right")
         tokens = seconds = 0.0
-        for line in history:
+        for line in [*before, *history]:
             tokens += line.get("tokens_sampled", 0)
             seconds += line.get("seconds", 0)
             if line.get("eval/accuracy") is not None:
                 mean, low, high = (line[f"eval/accuracy{s}"] for s in ("", "_low", "_high"))
                 table.add_row(
-                    str(line["step"]),
+                    "before warm start" if line in before else str(line["step"]),
                     f"{mean:.1%} [{low:.1%}, {high:.1%}]",
                     f"{line['eval/greedy_accuracy']:.1%}",
                     f"{tokens:,.0f}",

@@ -60,4 +60,8 @@ def describe(config: Config, console: Console) -> None:
             f"  ungradable          {experiment.problems.ungradable:,} more left out: their answers "
             "(proof, not found, NaN) can't be compared"
         )
+    if config.warm_start.steps:
+        found, dropped = len(experiment.lessons.found), experiment.lessons.dropped
+        counted = f"{found:,} to learn from, {dropped} dropped" if found else "drawn by the task"
+        console.print(f"demonstrations        {counted}")
     experiment.close()

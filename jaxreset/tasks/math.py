@@ -5,10 +5,12 @@ Its prompts are template files, see `templates`.
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxreset.tasks.answers import prepare_verifier, same_answer
+from jaxreset.tasks.answers import final_answer, prepare_verifier, same_answer, unboxed
 from jaxreset.tasks.base import Item, Problem, Scores, Task
 from jaxreset.tasks.localization import ask_for_step
 from jaxreset.tasks.templates import fill, spoken, template
@@ -17,6 +19,7 @@ from jaxreset.tasks.workers import RewardWorkers
 _SOLVE_FIELDS = ("problem",)
 _LOCALIZE_FIELDS = ("problem", "steps", "count")
 _INLINE_FIELDS = ("count",)
+_HASHES = re.compile(r"####[^\n]*\s*\Z")  # GSM8K's last line
 
 
 class MathTask(Task):
@@ -98,6 +101,21 @@ class MathTask(Task):
         """Rewards of (problem, response text) pairs; see `RewardWorkers.score` for its errors."""
         # A delimiter right behind an unboxed answer is no part of it.
         return self._workers.score([(p, text.replace(self.delimiter, "\n")) for p, text in items])
+
+    def reference(self, problem: Problem) -> list[str] | None:
+        r"""The steps of the data's solution, their boxes opened, and one with the boxed answer alone.
+
+        None where the data has no more than the answer, or no box can hold it. A step with the answer
+        marker in it is left out: there a response would end.
+        """
+        answer = " ".join(problem.answer.split())
+        text = unboxed(_HASHES.sub("", problem.solution))
+        steps = super().reference(dataclasses.replace(problem, solution=text)) or []
+        steps = [step for step in steps if self.answer_marker not in step]
+        last = rf"\boxed{{{answer}}}"
+        if not steps or steps == [problem.answer.strip()] or final_answer(last) != answer:
+            return None
+        return [*steps, last if self.answer_marker in last else f"{self.answer_marker} {last}"]
 
     def close(self) -> None:
         """Ends the reward workers; a later `score` starts them again."""

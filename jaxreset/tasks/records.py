@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,6 +107,29 @@ def read_file(path: str | Path, read: ReadRecord = read_problem) -> Loaded:
     return Loaded(problems, len(ungradable))
 
 
+def read_rows(path: str | Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
+    """The records of a `.jsonl`, `.json` (a list of objects) or `.parquet` file, with all their fields.
+
+    Yields:
+        number, from 1; its place, for messages; and the record.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: for anything wrong inside, naming the file and the place.
+    """
+    source = Path(path).expanduser()
+    suffixes = (*SUFFIXES, ".json")
+    if source.is_dir() or source.suffix not in suffixes:
+        kind = "is a folder" if source.is_dir() else f"extension {source.suffix!r}"
+        raise ValueError(f"{path}: {kind}; expected a file ending in {', '.join(suffixes)}")
+    if not source.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if source.suffix == ".parquet":
+        yield from _parquet_rows(source, None)
+    else:
+        yield from _json_lines(source) if source.suffix == ".jsonl" else _json_list(source)
+
+
 def _narrowed(
     rows: Iterator[Mapping[str, Any]], types: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:
@@ -142,6 +165,23 @@ def _json_lines(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
             yield number, place, record
 
 
+def _json_list(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
+    try:
+        records = json.loads(
+            path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_object, parse_float=Decimal
+        )
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: malformed JSON ({error}); expected a list of objects") from error
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: {brief(records)}; expected a list of objects")
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{path}, record {number}: {brief(record)}; expected a JSON object with named fields"
+            )
+        yield number, f"record {number}", record
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, which names each of its fields once."""
     record = dict(pairs)
@@ -152,7 +192,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
+def _parquet_rows(
+    path: Path, fields: Sequence[str] | None = _FIELDS
+) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
     # Imported late: reward workers import this package, too.
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -161,7 +203,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a Parquet file ({error})") from error
-    columns = [field for field in _FIELDS if field in file.schema_arrow.names]
+    names = file.schema_arrow.names
+    columns = names if fields is None else [field for field in fields if field in names]
     arrow_names = {"float": "float32", "halffloat": "float16"}
     types = {
         field: arrow_names[str(file.schema_arrow.field(field).type)]
