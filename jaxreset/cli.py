@@ -1,4 +1,4 @@
-"""The command line: `jaxreset prompt | train | eval | plan | export`."""
+"""The command line: `jaxreset prompt | train | sft | eval | plan | export`."""
 
 from __future__ import annotations
 
@@ -70,11 +70,44 @@ def train(
 
     After SIGTERM, or Ctrl-C, the last finished step is saved, and the exit code is 75, or 130.
     """
+    if not dry_run:
+        _run(config, overrides, (coordinator, processes, process))
+        return
+    with _uninterrupted():
+        from jaxreset.config_file import load_config
+
+        settings = load_config(config, overrides or [])
+        from jaxreset.run.dry_run import describe
+    describe(settings, Console())
+
+
+@app.command()
+def sft(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process: Process = None,
+) -> None:
+    """Learn from demonstrations alone: a config's warm start, with accuracy before and after it.
+
+    `train` with the same config and overrides goes on from there.
+    """
+    _run(config, overrides, (coordinator, processes, process), only_warm_start=True)
+
+
+def _run(
+    config: Path,
+    overrides: list[str] | None,
+    processes: tuple[str | None, int | None, int | None],
+    **how: bool,
+) -> None:
+    """A run of these processes, shown on the terminal."""
     from jaxreset.config_file import parse_config, read_values, run_dir
     from jaxreset.run.lock import refuse_in_use
 
     values = read_values(config, overrides or [])
-    if not dry_run and (folder := run_dir(values)) is not None:
+    if (folder := run_dir(values)) is not None:
         # Before what takes seconds to import. A job's own lock isn't there before all of it has started.
         refuse_in_use(folder)
     with _uninterrupted():
@@ -82,16 +115,11 @@ def train(
         from jaxreset.parallel.processes import ending_together, is_leader, start
         from jaxreset.reporting.display import Display
     console = Console()
-    if dry_run:
-        from jaxreset.run.dry_run import describe
-
-        describe(settings, console)
-        return
-    start(coordinator, processes, process)
+    start(*processes)
     with ending_together():
         with _uninterrupted():
             from jaxreset.run.loop import train as run
-        run(settings, Display(console, quiet=not is_leader()))
+        run(settings, Display(console, quiet=not is_leader()), **how)
 
 
 @app.command("eval")

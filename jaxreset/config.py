@@ -124,21 +124,37 @@ class Config(Section):
             raise ValueError(
                 f"model.path is null, but task.name={name} needs a pretrained policy: name a folder"
             )
-        if self.warm_start.steps and not demonstrates(task):
-            raise ValueError(
-                f"warm_start.steps={self.warm_start.steps}: task.name={name} has no demonstrations "
-                "(demonstrate_solution); set it to 0"
-            )
-        if self.warm_start.steps and name == "chain" and self.task.mistakes == 0:
+        warm = self.warm_start
+        if warm.steps and warm.path is None and name == "chain" and self.task.mistakes == 0:
             raise ValueError(
                 "task.mistakes=0: a warm start shows solutions with mistakes to localise; give some, "
                 "such as 0.08"
             )
+        if warm.steps and warm.optimizer == "muon" and self.model.path is not None:
+            if self.model.lora.rank is not None:
+                raise ValueError(
+                    f"warm_start.optimizer=muon with model.lora.rank={self.model.lora.rank}: muon is for "
+                    "whole matrices, and adapters are trained; use adamw"
+                )
+            if warm.learning_rate is None:
+                raise ValueError(
+                    "warm_start.optimizer=muon with model.path: what teaches a fresh model fast ruins a "
+                    "trained one; name warm_start.learning_rate, such as 1e-4, or use adamw"
+                )
         if objective.rule == "oracle" and not tells_wrong_steps(task):
             raise ValueError(
                 f"reset.rule=oracle: task.name={name} can't tell the first wrong step; use chain, or "
                 "another rule"
             )
+
+    @property
+    def warms_at_once(self) -> bool:
+        """Whether a batch of the warm start runs at once: that of a fresh policy, of what its task draws.
+
+        All others are packed into microbatches, as those of training are.
+        """
+        own = self.warm_start.path is None and demonstrates(find_task(self.task.name))
+        return self.model.path is None and own
 
     @property
     def minibatch_prompts(self) -> int:
@@ -198,11 +214,19 @@ class Config(Section):
         if signal is None:
             signal = 0 if self.method == "paper" else 4
         train = self.train.model_copy(update={"min_signal_groups": signal})
-        evaluation = _filled(self.eval, truncation)
-        task = self.task.model_copy(update={"failed_below": self.task.threshold})
-        return self.model_copy(
-            update={"task": task, "loss": loss, "train": train, "reset": reset, "eval": evaluation}
-        )
+        filled = {
+            "task": self.task.model_copy(update={"failed_below": self.task.threshold}),
+            "eval": _filled(self.eval, truncation),
+            "warm_start": self._warm_start_choices(),
+        }
+        return self.model_copy(update={"loss": loss, "train": train, "reset": reset, **filled})
+
+    def _warm_start_choices(self) -> WarmStart:
+        """The warm start with its optimizer and rate written out."""
+        fresh, adapters = self.model.path is None, self.model.lora.rank is not None
+        optimizer = self.warm_start.optimizer or ("muon" if fresh else "adamw")
+        rate = 2e-2 if optimizer == "muon" else 2e-3 if fresh else 2e-4 if adapters else 1e-5
+        return _filled(self.warm_start, {"optimizer": optimizer, "learning_rate": rate})
 
     def _method_loss(self) -> Loss:
         """The loss with the method's choices written out."""

@@ -334,11 +334,24 @@ class Data(Section):
 
 
 class WarmStart(Section):
-    """Supervised steps before the first RL step, on demonstrations of the chain task."""
+    """Supervised steps before the first RL step. A fresh model learns all its parameters, another one what
+    training trains."""
 
     steps: NonNegativeInt = 0
-    batch: PositiveInt = 64
-    learning_rate: PositiveFloat = Field(2e-2, description="Muon's; Adam takes a tenth")
+    path: str | None = Field(
+        None,
+        description="JSONL, JSON or Parquet file of demonstrations; null: the task's own, else the "
+        "problems' solutions",
+    )
+    batch: PositiveInt = Field(64, description="demonstrations in a step")
+    optimizer: Literal["muon", "adamw"] | None = Field(
+        None, description="null: muon for a fresh model, adamw for another one"
+    )
+    learning_rate: PositiveFloat | None = Field(
+        None,
+        description="at its peak; muon's Adam takes a tenth. null: 2e-2 for muon, for adamw 2e-3 (a fresh "
+        "model), 1e-5, or 2e-4 (adapters)",
+    )
 
 
 class Eval(Section):

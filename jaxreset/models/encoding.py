@@ -98,7 +98,11 @@ def chat_variables(
 
 
 def fill_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    variables: Mapping[str, Any],
+    *,
+    answered: bool = False,
 ) -> str:
     """The tokenizer's chat template with these messages, up to where the policy's turn begins.
 
@@ -107,6 +111,7 @@ def fill_chat(
       messages: with `role` and `content`.
       variables: as `chat_variables` gives them. With a `date`, the template's `date_string` and
         `strftime_now` say that day, at midnight, whatever day it is.
+      answered: the last message is the policy's, and the text goes up to where its turn ends.
     """
     given, template = dict(variables), tokenizer.get_chat_template()
     date = given.pop("date", None)
@@ -119,7 +124,7 @@ def fill_chat(
             list(messages),
             chat_template=template,
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=not answered,
             **given,
         )
     )

@@ -28,6 +28,7 @@ from jaxreset.parallel.topology import Slice, is_refusal, refusal
 from jaxreset.planning import ahead, caches
 from jaxreset.planning.ahead import Call, Subject, device_bytes_of
 from jaxreset.planning.shapes import RunShapes, choose_mesh, fresh_sizes, run_shapes
+from jaxreset.planning.supervised import warm_start_parts
 from jaxreset.sampling.memory import RoundMemory
 from jaxreset.sampling.rounds import Shape
 from jaxreset.sampling.schedule import LaneShape
@@ -44,6 +45,7 @@ REMEDIES = {
     "sampling": ("sampling.slots", "train.prompts_per_step", "sampling.max_response_tokens"),
     "update": ("train.remat=true", "a smaller train.microbatch_tokens", "model.lora.rank"),
     "saving": ("model.lora.rank",),
+    "warm start": ("a smaller warm_start.batch", "a smaller train.microbatch_tokens"),
 }
 
 
@@ -238,8 +240,10 @@ def phases(case: Case, programs: Sequence[Program]) -> dict[str, Phase]:
     """What each phase holds, with these programs."""
     subject, memory = case.subject, case.slice.memory
     keeps, needs = resident(subject), {p.name: p.temporary for p in programs}
+    process = {}
     if subject.on_cpu:  # what runs lies in the same memory
-        keeps |= {"process": PROCESS, "compiled programs": _programs_bytes(case)}
+        process = {"process": PROCESS, "compiled programs": _programs_bytes(case)}
+        keeps |= process
     gradients = {"gradients": device_bytes_of(subject.state.gradients)}
     microbatch = {"microbatch": device_bytes_of(ahead.microbatch(subject, case.pack))}
     updating = keeps | gradients
@@ -258,6 +262,8 @@ def phases(case: Case, programs: Sequence[Program]) -> dict[str, Phase]:
     if subject.on_cpu:
         most = min(BEING_WRITTEN, device_bytes_of(subject.state))
         held["saving"] = updating | {"being written": most}
+    if (parts := warm_start_parts(subject)) is not None:
+        held["warm start"] = process | parts
     return {name: Phase(parts, sum(parts.values()) - memory) for name, parts in held.items()}
 
 

@@ -26,7 +26,8 @@ class Report:
       topology, kind, devices, memory: of what it was planned for.
       mesh: sizes of its axes.
       parameters: numbers of the policy, adapters left out.
-      phases: "compiling", "sampling" and "update"; on a CPU "saving" too.
+      phases: "compiling", "sampling" and "update"; on a CPU "saving", and for a fresh policy with one "warm
+        start" too.
       programs: compiled.
       flops: of a step at its limits on all devices: every response as long as it may be.
       cuts: of rounds with fewer groups than there are data shards, into how many parts each group is cut.

@@ -98,19 +98,27 @@ class Display:
         if not self.console.is_terminal and (step % every == 0 or step == self._total):
             self.console.print(f"{self._name} {step}/{self._total}  {text}")
 
-    def summary(self, history: Sequence[dict[str, Any]], folder: Path, curve: Path) -> None:
-        """The table at the end of a run, and where its files are."""
+    def summary(
+        self,
+        history: Sequence[dict[str, Any]],
+        folder: Path,
+        curve: Path,
+        *,
+        before: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """The table at the end of a run, and where its files are; `before`: what was measured before a
+        warm start."""
         table = Table(title=f"{folder.name}: accuracy on held-out problems (95% interval)")
         others = other_sets(history)
         for column in ("step", "sampled", "greedy", *others, "tokens sampled", "minutes"):
             table.add_column(escape(column), justify="right")
         tokens = seconds = 0.0
-        for line in history:
+        for line in [*before, *history]:
             tokens += line.get("tokens_sampled", 0)
             seconds += line.get("seconds", 0)
             if line.get("eval/accuracy") is not None:
                 table.add_row(
-                    str(line["step"]),
+                    "before warm start" if line in before else str(line["step"]),
                     with_interval(line, "eval/accuracy"),
                     f"{line['eval/greedy_accuracy']:.1%}",
                     *(with_interval(line, f"eval/{name}/accuracy") for name in others),

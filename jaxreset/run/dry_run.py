@@ -84,6 +84,10 @@ def _show_problems(experiment: Experiment, console: Console) -> None:
         console.print(
             f"  repeated            {problems.repeated:,} held-out problems are trained on, too"
         )
+    if experiment.config.warm_start.steps:
+        found, dropped = len(experiment.lessons.found), experiment.lessons.dropped
+        counted = f"{found:,} to learn from, {dropped} dropped" if found else "drawn by the task"
+        console.print(f"demonstrations        {counted}")
 
 
 def base_rate(config: Config, task: Task) -> str | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -34,9 +34,10 @@ from jaxreset.planning.shapes import choose_mesh, run_shapes
 from jaxreset.resets.collect import Collected, Collector
 from jaxreset.run.compiles import LARGE_PROCESS, trim
 from jaxreset.run.evaluate import PHASE, SetResponses, measure, named, respond
+from jaxreset.run.lessons import Lessons, make_lessons
 from jaxreset.run.objects import with_objects
 from jaxreset.run.parts import adapted, make_localizer, read_or_make_problems, starting_policy
-from jaxreset.run.warm_start import warm_start
+from jaxreset.run.warm_start import OnStep, warm_start
 from jaxreset.sampling.rounds import StopRules, Stream
 from jaxreset.sampling.sampler import Sampler
 from jaxreset.tasks.pipeline import Prompt, PromptSource, encode_prompts, fit_prompts, steps_writer
@@ -161,27 +162,38 @@ class Experiment:
         """Token ids -> text; see `Policy.decode`."""
         return self.collector.decode(tokens)
 
-    def warm_started(
-        self, on_step: Callable[[int, float], None] = lambda step, loss: None
-    ) -> Policy:
-        """The start policy after the supervised steps of `warm_start`, if the config has any."""
+    @cached_property
+    def lessons(self) -> Lessons:
+        """What the warm start learns from; read when it is first asked for.
+
+        Raises:
+          ConfigError: something is wrong with it.
+        """
+        try:
+            return make_lessons(self.config, self.asking, self.problems.train, self._start.eos_ids)
+        except (ValueError, TypeError, OSError) as error:
+            raise ConfigError(str(error)) from error
+
+    def warm_started(self, on_step: OnStep = lambda record: None) -> Policy:
+        """The start policy after the supervised steps of `warm_start`, if the config has any.
+
+        A fresh one has no adapters yet; another one has them, and they are what was trained.
+        """
         config = self.config
         if not config.warm_start.steps:
             return self._start
+        fresh = config.model.path is None
         return warm_start(
-            self._start,
-            self.task,
-            self.problems.train,
-            config.warm_start,
-            seed=config.seed,
-            inline=config.reset.localizer.mode == "inline",
+            self._start if fresh else self.adapted(self._start),
+            self.lessons,
+            config,
             on_step=on_step,
             interrupt=self.collector.interrupt,
             mesh=self.mesh,
         )
 
     def adapted(self, policy: Policy) -> Policy:
-        """The policy with the adapters that the config asks for."""
+        """The policy with the adapters that the config asks for; itself where it has them."""
         return adapted(self.config, policy, self.mesh)
 
     def begin(

@@ -132,8 +132,14 @@ def _warn_of_rounding(loss: float, dtype: str) -> None:
 
 def started_from(folder: RunFolder, policy: Policy, mesh: jax.sharding.Mesh | None) -> Policy:
     """What training started from, where that can still be told; `policy`: as its config makes it."""
+    fresh = folder.config.model.path is None
+    if not fresh:
+        policy = adapted(folder.config, policy, mesh)
     if folder.start.is_dir():
-        policy = policy.with_params(load_params(folder.start, policy.params), policy.version)
+        before, frozen = trained(policy.params)
+        # A fresh one's are in its dtype, see `warm_start`; all others as they were trained.
+        learnt = load_params(folder.start, abstract(before, wide=not fresh))
+        policy = policy.with_params(nnx.merge_state(learnt, frozen), policy.version)
     return adapted(folder.config, policy, mesh)
 
 
@@ -176,7 +182,8 @@ def _latest(
                 f"run.dir {config.run.dir} holds no checkpoint, and model.path is null; train first"
             )
         return 0, policy, None
-    known = not config.warm_start.steps or folder.start.is_dir()
+    fresh = config.model.path is None
+    known = not fresh or not config.warm_start.steps or folder.start.is_dir()
     keep = keep_start and known and policy.config.lora is None
     start = trained(policy.params)[0] if keep else None
     return *trained_to(folder, policy, keep=keep), start

@@ -26,7 +26,7 @@ DATE = "task.date"
 
 class RunFolder:
     """`config.yaml`, `data.json`, `metrics.jsonl`, `rollouts/`, `checkpoints/`, `nonfinite/` under one
-    folder; and `changes.jsonl`, where a run went on with another config.
+    folder; `changes.jsonl`, where a run went on with another config; `warm_start.jsonl`, of a warm start.
 
     Of several processes one writes; what it wrote is there for the others after they waited for it.
 
@@ -46,7 +46,8 @@ class RunFolder:
         self.alarms = self.path / "alarms.jsonl"
         self.verifier_errors = self.path / "verifier_errors.jsonl"
         self.checkpoints = self.path / "checkpoints"
-        self.start = self.path / "start"  # parameters of a warm start that is needed later
+        self.warm_start = self.path / "warm_start.jsonl"
+        self.start = self.path / "start"  # parameters of a warm start that are needed later
         self._limit = int(config.run.rollouts_mb * 2**20)
 
     @property
@@ -242,6 +243,16 @@ class RunFolder:
         """Appends one step's metrics."""
         if is_leader():
             _append(self.metrics, dumps(metrics) + "\n")
+
+    def begin_warm_start(self) -> None:
+        """Drops what an interrupted warm start has logged: it starts from the beginning."""
+        if is_leader():
+            self.warm_start.unlink(missing_ok=True)
+
+    def log_warm_start(self, record: dict[str, Any]) -> None:
+        """Appends a supervised step's metrics; those of step 0 are of the policy before it."""
+        if is_leader():
+            _append(self.warm_start, dumps(record) + "\n")
 
     def evaluated(self, step: int) -> bool:
         """Whether the metrics hold this step's accuracy."""

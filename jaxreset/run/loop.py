@@ -14,9 +14,10 @@ import numpy as np
 
 from jaxreset.config import Config
 from jaxreset.disk import naming_full_disk
-from jaxreset.errors import CallbackError, PreemptedError
+from jaxreset.errors import CallbackError, ConfigError, PreemptedError
 from jaxreset.groups import Group
 from jaxreset.learning.learner import Learner
+from jaxreset.models.adapters import trained
 from jaxreset.models.policy import Policy
 from jaxreset.parallel.processes import any_process, is_leader, wait_for_all
 from jaxreset.planning.footprint import check_room, here
@@ -26,13 +27,13 @@ from jaxreset.reporting.display import Display
 from jaxreset.reporting.report import write_report
 from jaxreset.reporting.trackers import Trackers
 from jaxreset.run.callbacks import call_back
-from jaxreset.run.checkpoints import ACCURACY, Checkpoints
+from jaxreset.run.checkpoints import ACCURACY, Checkpoints, saved_steps
 from jaxreset.run.compiles import LARGE_PROCESS, compiles, kept_programs, trim
 from jaxreset.run.endings import explained, is_out_of_memory, save_finished
 from jaxreset.run.evaluate import SetResponses
 from jaxreset.run.experiment import Experiment
 from jaxreset.run.finished import started_from
-from jaxreset.run.folder import RunFolder
+from jaxreset.run.folder import RunFolder, read_metrics
 from jaxreset.run.objects import with_objects
 from jaxreset.run.preemption import Preemption, noticing_preemption
 from jaxreset.run.saved_arrays import abstract, save_params
@@ -49,12 +50,20 @@ class Result(NamedTuple):
     policy: Policy
 
 
-def train(config: Config, display: Display | None = None, **objects: Any) -> Result:
+def train(
+    config: Config,
+    display: Display | None = None,
+    *,
+    only_warm_start: bool = False,
+    **objects: Any,
+) -> Result:
     """Trains as the config says, going on from the run folder's latest checkpoint if there is one.
 
     Args:
       config: resolved, from `config.load_config`.
       display: shows progress; None shows nothing.
+      only_warm_start: takes the supervised steps alone, and measures accuracy before them too; without it
+        the same config goes on from there.
       **objects: in place of what the config names, see `experiment.Experiment`. A run that goes on needs
         those that can't be imported by their names again.
 
@@ -71,6 +80,11 @@ def train(config: Config, display: Display | None = None, **objects: Any) -> Res
     if display is None or not is_leader():
         display = Display(quiet=True)
     config = with_objects(config, **objects)
+    if only_warm_start and not config.warm_start.steps:
+        raise ConfigError(
+            "warm_start.steps=0: there are no supervised steps to take; name how many, such as "
+            "warm_start.steps=200"
+        )
     folder = RunFolder(config)
     with (
         explained(config, folder.checkpoints),
@@ -80,16 +94,24 @@ def train(config: Config, display: Display | None = None, **objects: Any) -> Res
     ):
         folder.check_writable()
         folder.check_shared()
-        return _train(folder.dated(), folder, preemption, display)
+        return _train(folder.dated(), folder, preemption, display, only_warm_start)
 
 
-def _train(config: Config, folder: RunFolder, preemption: Preemption, display: Display) -> Result:
+def _train(
+    config: Config,
+    folder: RunFolder,
+    preemption: Preemption,
+    display: Display,
+    only_warm_start: bool,
+) -> Result:
     """`train` in a folder that is its own."""
     with kept_programs(folder.compile_cache):
         with preemption.ending_at_once():
             if (doubt := check_room(here(config))) is not None:
                 logger.warning(doubt)
             experiment = Experiment(config)
+            if config.warm_start.steps and not saved_steps(folder.checkpoints):
+                _ = experiment.lessons  # what is wrong with them is said before anything is written
 
         def between_rounds() -> None:
             preemption.check()
@@ -108,9 +130,12 @@ def _train(config: Config, folder: RunFolder, preemption: Preemption, display: D
         trackers = Trackers(config, folder.path, sent, anew=not going_on)
         try:
             with display:
-                learner = _prepare(experiment, checkpoints, folder, preemption, display)
+                learner = _prepare(
+                    experiment, checkpoints, folder, preemption, display, only_warm_start
+                )
                 trackers.go_on(learner.progress.step if going_on else -1)
-                _loop(experiment, learner, checkpoints, folder, trackers, display)
+                steps = learner.progress.step if only_warm_start else config.train.steps
+                _loop(experiment, learner, checkpoints, folder, trackers, display, steps)
         finally:
             experiment.close()
             trackers.close()
@@ -123,7 +148,7 @@ def _train(config: Config, folder: RunFolder, preemption: Preemption, display: D
             draw_curve(history, curve, title=config.objective)
             threshold = config.task.threshold
             write_report(folder.path, history, curve, failed_below=threshold)
-        display.summary(history, folder.path, curve)
+        display.summary(history, folder.path, curve, before=read_metrics(folder.warm_start)[:1])
     return Result(folder.path, history, curve, learner.policy)
 
 
@@ -133,12 +158,13 @@ def _prepare(
     folder: RunFolder,
     preemption: Preemption,
     display: Display,
+    only_warm_start: bool,
 ) -> Learner:
     """The learner at the step where the run goes on, with everything compiled."""
     config, restoring = experiment.config, checkpoints.any()
     if config.warm_start.steps and not restoring:
         with preemption.ending_at_once():
-            policy = _warm_start(experiment, folder, display)
+            policy = _warm_start(experiment, folder, display, measured=only_warm_start)
     else:
         policy = started_from(folder, experiment.start_policy, experiment.mesh)
 
@@ -158,6 +184,8 @@ def _prepare(
         _save(checkpoints, learner)
         folder.cut_back(-1)
     wait_for_all("the metrics are cut back")
+    if only_warm_start:  # an evaluation compiles what it needs
+        return learner
     display.phase("compiling", None)
     with preemption.ending_at_once():
         experiment.compile()
@@ -165,14 +193,26 @@ def _prepare(
     return learner
 
 
-def _warm_start(experiment: Experiment, folder: RunFolder, display: Display) -> Policy:
-    """The policy after the warm start, with its adapters."""
+def _warm_start(
+    experiment: Experiment, folder: RunFolder, display: Display, *, measured: bool
+) -> Policy:
+    """The policy after the warm start, with its adapters; `measured`: its accuracy before it is logged."""
     config = experiment.config
+    folder.begin_warm_start()
+    if measured:
+        display.phase("evaluating", None)
+        before = experiment.evaluate(experiment.adapted(experiment.start_policy), step=0)
+        folder.log_warm_start({"step": 0, **before})
+
+    def note(record: dict[str, float]) -> None:
+        folder.log_warm_start(record)
+        display.warm_start_step(int(record["step"]), record["loss"])
+
     display.phase("warm start", config.warm_start.steps)
-    policy = experiment.warm_started(display.warm_start_step)
-    # Checkpoints hold only what is trained after this.
-    if config.loss.kl or config.model.lora.rank:
-        save_params(folder.start, policy.params)
+    policy = experiment.warm_started(note)
+    # Checkpoints hold only what is trained after this: not what it is kept near to, nor adapters' base.
+    if config.loss.kl or (config.model.lora.rank and config.model.path is None):
+        save_params(folder.start, trained(policy.params)[0])
     return experiment.adapted(policy)
 
 
@@ -183,10 +223,11 @@ def _loop(
     folder: RunFolder,
     trackers: Trackers,
     display: Display,
+    steps: int,
 ) -> None:
-    """All steps that are left; asked to end, it saves the last finished one."""
+    """All steps that are left of `steps`; asked to end, it saves the last finished one."""
     config = experiment.config
-    display.phase("training", config.train.steps, done=learner.progress.step)
+    display.phase("training", steps, done=learner.progress.step)
     alarms = Alarms(config, experiment.task, folder.alarms, folder.history(), display.alarm)
     alarms.start(learner.policy.eos_ids)
     finished = learner.state, learner.progress
@@ -196,7 +237,7 @@ def _loop(
         if late := _evaluate_late(experiment, learner, folder, trackers, display):
             record, response = late
             alarms.note(record, response=response)
-        while learner.progress.step < config.train.steps and experiment.stopped is None:
+        while learner.progress.step < steps and experiment.stopped is None:
             experiment.collector.interrupt()
             step = learner.progress.step + 1
             with _traced(step in config.run.profile_steps, folder.path / "profile"):

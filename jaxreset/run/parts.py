@@ -30,8 +30,8 @@ def spread(policy: Policy, mesh: jax.sharding.Mesh | None) -> Policy:
 
 
 def adapted(config: Config, policy: Policy, mesh: jax.sharding.Mesh | None) -> Policy:
-    """The policy with the adapters that the config asks for."""
-    if (lora := config.model.lora.make()) is None:
+    """The policy with the adapters that the config asks for; itself where it has them."""
+    if (lora := config.model.lora.make()) is None or policy.config.lora is not None:
         return policy
     policy = policy.with_lora(lora.rank, lora.alpha, targets=lora.targets, seed=config.seed)
     return spread(policy, mesh)

@@ -1,4 +1,11 @@
-"""Supervised steps on demonstrations: they give a fresh policy something to be reinforced."""
+"""Supervised steps on demonstrations, before the first step that learns from rewards.
+
+The loss of a step is minus the mean over demonstrations of the mean over the answer's tokens of
+log π(token): a short answer weighs as much as a long one. So a demonstration is a group with one suffix
+and an advantage of 1, and the trainer's own update learns from it, with its microbatches, adapters, mesh.
+
+Only a fresh policy and what its task draws for it are kept apart: they are small, and a batch runs at once.
+"""
 
 from __future__ import annotations
 
@@ -13,78 +20,70 @@ import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
 
-from jaxreset.config import WarmStart
+from jaxreset.config import Config
+from jaxreset.errors import RunError
+from jaxreset.groups import Group
+from jaxreset.learning.form import LossForm
+from jaxreset.learning.microbatches import PackShape, pack, pack_shapes
+from jaxreset.learning.optimizer import make_optimizer
+from jaxreset.learning.update import accumulate, apply, committed, init_state, layout_of
 from jaxreset.losses import token_logps
+from jaxreset.models.adapters import trained
 from jaxreset.models.block import MATRICES
-from jaxreset.models.encoding import continuation_tokens, prompt_tokens
 from jaxreset.models.policy import Policy
 from jaxreset.models.precision import computing_decoder, widened
 from jaxreset.parallel import data_shards, put, rows_sharding
-from jaxreset.tasks.base import Problem
+from jaxreset.run.lessons import Lessons
+from jaxreset.tasks.demonstrations import Demonstration
 
 Array = jax.Array
+OnStep = Callable[[dict[str, float]], None]
 
-# Solving comes first: localising is learnt quickly once the sums are known, and hardly before.
-SOLVING_ONLY = 0.45
+SUPERVISED = LossForm(aggregation="sequence")
+SIZES = 32  # of which a microbatch's are multiples
+SEEN = 20  # steps after which those of a batch at once are looked at
 
 
-class Demonstrations(NamedTuple):
-    """Right-padded prompts with completions: tokens `[B, T]`, completion starts and ends `[B]`."""
+class Padded(NamedTuple):
+    """Right-padded prompts with answers: tokens `[B, T]`, answers' starts and ends `[B]`."""
 
     tokens: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
 
 
-def demonstrations(
-    task: Any,
-    problems: Sequence[Problem],
-    tokenizer: Any,
-    config: WarmStart,
-    *,
-    seed: int,
-    inline: bool = False,
-) -> Iterator[tuple[Demonstrations, ...]]:
-    """What each step learns from: solutions, and later as many localisations beside them.
+def padded(shown: Sequence[Demonstration]) -> Padded:
+    """Demonstrations as rows, their width a multiple of 16, so that few shapes are compiled."""
+    starts = np.array([len(one.prompt) for one in shown], np.int32)
+    ends = np.array([len(one.prompt) + len(one.answer) for one in shown], np.int32)
+    tokens = np.zeros((len(shown), -(-int(ends.max()) // 16) * 16), np.int32)
+    for row, one in enumerate(shown):
+        tokens[row, : starts[row]], tokens[row, starts[row] : ends[row]] = one.prompt, one.answer
+    return Padded(tokens, starts, ends)
 
-    `task` has `demonstrate_solution`, and where localising is taught `demonstrate_localization`; see
-    `tasks.base.Task`.
 
-    Lengths are rounded up to multiples of 16, so that few shapes are compiled.
+def make_warm_start_optimizer(config: Config) -> optax.GradientTransformation:
+    """The one that a resolved config asks for; its rate rises, and falls to 0 where the warm start ends.
+
+    AdamW is the run's, but for the rate.
     """
-
-    def draw(show: Callable[..., tuple[str, str]], count: int) -> Demonstrations:
-        encoded = []
-        for problem in rng.integers(len(problems), size=count):
-            asked, answered = show(problems[int(problem)], rng)
-            prompt = prompt_tokens(tokenizer, [asked])[0]
-            completion = continuation_tokens(tokenizer, answered)
-            encoded.append((len(prompt), [*prompt, *completion, tokenizer.eos_token_id]))
-        width = -(-max(len(ids) for _, ids in encoded) // 16) * 16
-        tokens = np.zeros((count, width), np.int32)
-        for row, (_, ids) in enumerate(encoded):
-            tokens[row, : len(ids)] = ids
-        starts = np.array([start for start, _ in encoded], np.int32)
-        return Demonstrations(tokens, starts, np.array([len(i) for _, i in encoded], np.int32))
-
-    half = max(config.batch // 2, 1)
-    for step in range(config.steps):
-        rng = np.random.default_rng((seed, step))
-        if step < SOLVING_ONLY * config.steps or not hasattr(task, "demonstrate_localization"):
-            yield (draw(task.demonstrate_solution, config.batch),)
-        else:
-            yield (
-                draw(task.demonstrate_solution, half),
-                draw(partial(task.demonstrate_localization, inline=inline), half),
+    warm = config.warm_start
+    assert warm.learning_rate is not None
+    warmup = max(warm.steps // 20, 1)
+    if warm.optimizer == "muon":
+        return _muon(
+            optax.warmup_cosine_decay_schedule(
+                0.0, warm.learning_rate, warmup, max(warm.steps, warmup + 1)
             )
-
-
-def make_warm_start_optimizer(config: WarmStart) -> optax.GradientTransformation:
-    """Muon on the matrices, which learns the sums in half of AdamW's steps, and AdamW elsewhere."""
-    warmup = max(config.steps // 20, 1)
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, warmup, max(config.steps, warmup + 1)
+        )
+    settings = config.optimizer.make(warm.steps)._replace(
+        learning_rate=warm.learning_rate, warmup_steps=warmup, schedule="cosine"
     )
+    return make_optimizer(settings)
+
+
+def _muon(rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon on the matrices, which learns the sums in half of AdamW's steps, and AdamW elsewhere."""
 
     def matrices(params: nnx.State) -> Any:
         def of(path: tuple[Any, ...], _: Array) -> MuonDimensionNumbers | None:
@@ -110,7 +109,7 @@ def make_warm_start_optimizer(config: WarmStart) -> optax.GradientTransformation
 def supervised_step(
     params: nnx.State,
     opt_state: optax.OptState,
-    batches: tuple[Demonstrations, ...],
+    batches: tuple[Padded, ...],
     *,
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
@@ -138,34 +137,148 @@ def supervised_step(
 
 def warm_start(
     policy: Policy,
-    task: Any,
-    problems: Sequence[Problem],
-    config: WarmStart,
+    lessons: Lessons,
+    config: Config,
     *,
-    seed: int,
-    inline: bool = False,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: OnStep = lambda record: None,
     interrupt: Callable[[], None] = lambda: None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Policy:
-    """Trains on demonstrations; `on_step(step, loss)` is called now and then. Consumes `policy`.
+    """Trains on demonstrations. Consumes `policy`, of which it trains what training would.
 
-    `interrupt` is called before each step and may raise. `inline`: localisations stand behind the
-    attempt that they are about. `mesh`: its data shards split the batches that they divide.
+    Args:
+      policy: a fresh one without adapters, for all its parameters are to learn.
+      lessons: what each step learns from.
+      config: resolved.
+      on_step: told of steps: `step`, `loss`, and of packed ones `grad_norm` and `tokens`.
+      interrupt: called before each step; may raise.
+      mesh: of devices that the batches are split over.
+
+    Returns:
+      The policy; what a fresh one learnt is rounded to its dtype, as a base of adapters is.
+
+    Raises:
+      RunError: the loss, or gradients in a row, aren't finite.
     """
+    learn = _at_once if config.warms_at_once else _packed
+    params = learn(policy, lessons, config, on_step, interrupt, mesh)
+    if config.model.path is None:
+        params = jax.tree.map(lambda x, before: x.astype(before.dtype), params, policy.params)
+    return policy.with_params(params, policy.version)
+
+
+def _at_once(
+    policy: Policy,
+    lessons: Lessons,
+    config: Config,
+    on_step: OnStep,
+    interrupt: Callable[[], None],
+    mesh: jax.sharding.Mesh | None,
+) -> nnx.State:
+    """The parameters after steps whose batches are padded; a mesh splits those that it divides."""
     optimizer = make_warm_start_optimizer(config)
     params = widened(policy.params)
     opt_state = jax.jit(optimizer.init)(params)
-    for step, batches in enumerate(
-        demonstrations(task, problems, policy.tokenizer, config, seed=seed, inline=inline), 1
-    ):
-        interrupt()
+    for step, shown in _steps(lessons, config, interrupt):
+        batches = tuple(map(padded, shown))
         if mesh is not None and all(len(b.ends) % data_shards(mesh) == 0 for b in batches):
             batches = put(batches, rows_sharding(mesh))
         params, opt_state, loss = supervised_step(
             params, opt_state, batches, graph=policy.graph, optimizer=optimizer
         )
-        if step % 20 == 0 or step == config.steps:
-            on_step(step, float(loss))
-    kept = jax.tree.map(lambda x, before: x.astype(before.dtype), params, policy.params)
-    return policy.with_params(kept, policy.version)
+        if step % SEEN == 0 or step == config.warm_start.steps:
+            if not np.isfinite(loss):
+                raise _diverged(f"the loss of step {step} isn't finite")
+            on_step({"step": step, "loss": float(loss)})
+    return params
+
+
+def _packed(
+    policy: Policy,
+    lessons: Lessons,
+    config: Config,
+    on_step: OnStep,
+    interrupt: Callable[[], None],
+    mesh: jax.sharding.Mesh | None,
+) -> nnx.State:
+    """The parameters after steps of the trainer's update; what is trained is float32 at least."""
+    optimizer = make_warm_start_optimizer(config)
+    params, frozen = trained(policy.params)
+    frozen, state = committed(frozen), init_state(params, optimizer)
+    del params
+    layout, gradient_layout = layout_of(state), layout_of(state.gradients)
+    shapes = warm_start_shapes(lessons.found, config.train.microbatch_tokens, mesh)
+    static: dict[str, Any] = {"graph": policy.graph, "remat": config.train.remat, "mesh": mesh}
+    bad = 0
+    for step, shown in _steps(lessons, config, interrupt):
+        groups, loss = as_groups(shown), 0.0
+        if not groups:  # all that the task drew is too long
+            continue
+        for batch in pack(groups, shapes):
+            gradients, part = accumulate(
+                state.gradients,
+                state.params,
+                frozen,
+                put(batch, None if mesh is None else rows_sharding(mesh)),
+                np.float32(1),
+                form=SUPERVISED,
+                layout=gradient_layout,
+                **static,
+            )
+            state, loss = state._replace(gradients=gradients), loss + float(part)
+        state, norm = apply(
+            state, np.float32(1), np.int32(step - 1), optimizer=optimizer, layout=layout
+        )
+        bad = 0 if np.isfinite(norm) else bad + 1
+        if bad >= config.train.max_nonfinite:
+            places = ", ".join(one.place for one in shown[0][:3])
+            raise _diverged(
+                f"{bad} gradients in a row weren't finite; the last batch began with {places}"
+            )
+        tokens = sum(group.tokens for group in groups)
+        on_step({"step": step, "loss": loss, "grad_norm": float(norm), "tokens": tokens})
+    return nnx.merge_state(state.params, frozen)
+
+
+def _steps(
+    lessons: Lessons, config: Config, interrupt: Callable[[], None]
+) -> Iterator[tuple[int, tuple[Sequence[Demonstration], ...]]]:
+    """Each step from 1, with what it learns from."""
+    for step in range(1, config.warm_start.steps + 1):
+        interrupt()
+        yield step, lessons.of_step(step - 1)
+
+
+def as_groups(shown: Sequence[Sequence[Demonstration]]) -> list[Group]:
+    """Groups whose `losses.policy_loss`, with the normalizer 1, is the sum of the batches' means."""
+    return [
+        Group(
+            number,
+            one.prompt,
+            [one.answer],
+            behavior_logps=[np.zeros(len(one.answer), np.float32)],
+            rewards=np.ones(1),
+            advantages=np.array([1 / len(batch)]),
+        )
+        for batch in shown
+        for number, one in enumerate(batch)
+    ]
+
+
+def warm_start_shapes(
+    found: Sequence[Demonstration], tokens: int, mesh: jax.sharding.Mesh | None = None
+) -> list[PackShape]:
+    """At most four shapes of microbatches that hold any of the demonstrations; see `pack_shapes`."""
+    prompt = max(len(one.prompt) for one in found) - 1
+    answer = max(len(one.answer) for one in found)
+    return pack_shapes(
+        1,
+        *(-(-size // SIZES) * SIZES for size in (prompt, answer)),
+        tokens=tokens,
+        shards=data_shards(mesh),
+        multiple=1 if mesh is None else mesh.shape["tensor"],
+    )
+
+
+def _diverged(what: str) -> RunError:
+    return RunError(f"warm start: {what}. Lower warm_start.learning_rate, and start again")

@@ -31,6 +31,7 @@ class Asking:
       variables: what the template is told besides, see `encoding.chat_variables`.
 
     Attributes:
+      has_template: whether there is one.
       in_template: whether prompts are chats.
 
     Raises:
@@ -53,7 +54,7 @@ class Asking:
                 "task.chat=template: the policy's tokenizer has no chat template; set task.chat=raw, or "
                 "use an instruct model"
             )
-        self.in_template = there and chat != "raw"
+        self.has_template, self.in_template = there, there and chat != "raw"
         self.task, self.tokenizer = task, tokenizer
         self._system, self._variables = system, variables or {}
         self._examples = [(Problem("example", asked, ""), solved) for asked, solved in examples]
@@ -66,11 +67,32 @@ class Asking:
         """
         if self.in_template:
             return self._filled(self._messages(problem))
-        parts = [] if self._system is None else [f"{self._system}\n\n"]
-        for example, solution in self._examples:
-            parts.append(f"{self._raw(example)}{solution}\n\n")
-        parts += [f"{content}\n\n" for _, content in problem.context]
-        return "".join([*parts, self._raw(problem)])
+        return self._raw_before(problem.context) + self._raw(problem)
+
+    def chat(self, turns: Sequence[tuple[str, str]]) -> str:
+        """The whole prompt of messages that don't come from a problem, (role, content) each: system and
+        examples stand before them as before a problem.
+
+        Raises:
+          ValueError: the template refuses them, or there is none to tell answers in them from questions.
+        """
+        *before, (_, asked) = turns
+        if self.in_template:
+            return self._filled(self._before(before) + _messages(turns[-1:]))
+        if any(role == "assistant" for role, _ in before):
+            raise ValueError(
+                "a chat of several turns, and there is no template to put it in; set task.chat=template "
+                "with an instruct model"
+            )
+        return self._raw_before(before) + asked
+
+    def ending(self, *, in_template: bool) -> str:
+        """What the template writes behind an answer that is the last message, such as the end of the turn;
+        nothing in raw text."""
+        if not in_template:
+            return ""
+        turns = [*self._before(()), *_messages([("user", "?"), ("assistant", _ATTEMPT)])]
+        return self._filled(turns, answered=True).rpartition(_ATTEMPT)[2]
 
     def tokens(self, problems: Sequence[Problem]) -> list[np.ndarray]:
         """Token ids `[t]` int32 of each prompt; see `text`."""
@@ -79,7 +101,10 @@ class Asking:
     def question(self, problem: Problem, steps: Sequence[str]) -> np.ndarray:
         """Token ids `[t]` of the question where an attempt went wrong: a chat where there is a template,
         whatever the problems are asked in (arXiv 2605.25507, appendix D)."""
-        asked = self.task.localization(problem, steps)
+        return self.question_tokens(self.task.localization(problem, steps))
+
+    def question_tokens(self, asked: str) -> np.ndarray:
+        """Token ids `[t]` of such a question as a text."""
         return question_tokens(self.tokenizer, asked, self._variables)
 
     def inline_question(self, problem: Problem, steps: Sequence[str]) -> np.ndarray:
@@ -91,19 +116,29 @@ class Asking:
         return continuation_tokens(self.tokenizer, asked)
 
     def _messages(self, problem: Problem) -> list[Message]:
-        context = [turn for turn in problem.context if self._system is None or turn[0] != "system"]
+        return self._before(problem.context) + self._asked(problem)
+
+    def _before(self, context: Sequence[tuple[str, str]]) -> list[Message]:
+        """The system's message, the examples and the rest of the context."""
+        context = [turn for turn in context if self._system is None or turn[0] != "system"]
         first = [turn for turn in context if turn[0] == "system"]
         turns = first if self._system is None else [("system", self._system)]
         messages = _messages(turns)
         for example, solution in self._examples:
             messages += self._asked(example)
             messages += _messages([("assistant", solution)])
-        messages += _messages([turn for turn in context if turn[0] != "system"])
-        return messages + self._asked(problem)
+        return messages + _messages([turn for turn in context if turn[0] != "system"])
 
     def _asked(self, problem: Problem) -> list[Message]:
         asked = self.task.message(problem)
         return _messages([("user", asked)]) if isinstance(asked, str) else list(asked)
+
+    def _raw_before(self, context: Sequence[tuple[str, str]]) -> str:
+        """The same in raw text."""
+        parts = [] if self._system is None else [f"{self._system}\n\n"]
+        for example, solution in self._examples:
+            parts.append(f"{self._raw(example)}{solution}\n\n")
+        return "".join([*parts, *(f"{content}\n\n" for _, content in context)])
 
     def _raw(self, problem: Problem) -> str:
         asked = self.task.prompt(problem)
@@ -114,9 +149,9 @@ class Asking:
             )
         return asked
 
-    def _filled(self, messages: Sequence[Message]) -> str:
+    def _filled(self, messages: Sequence[Message], *, answered: bool = False) -> str:
         try:
-            return fill_chat(self.tokenizer, messages, self._variables)
+            return fill_chat(self.tokenizer, messages, self._variables, answered=answered)
         except Exception as error:  # a template is a program, and raises what it likes
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(

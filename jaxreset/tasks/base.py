@@ -91,9 +91,9 @@ class Task:
 
     A task of your own is a class with `prompt` and `score`; derived from this one or not, what it lacks is
     taken from here. `task.name: my_tasks:Sums` names it, and `task.options` are its keyword arguments.
-    Where it has `problems(split, size)`, for "train" and "test", it needs no `data.path`; where it has
-    `demonstrate_solution(problem, rng)`, which returns a prompt and a completion, it can be warm-started,
-    and taught to localise by `demonstrate_localization(problem, rng, inline=False)`.
+    Where it has `problems(split, size)`, for "train" and "test", it needs no `data.path`. A warm start
+    shows what a `demonstrate_solution(problem, rng)` of its own returns, a prompt and an answer, else the
+    problems' solutions; with `demonstrate_localization(problem, rng, inline=False)` localising is taught.
 
     Attributes:
         name: short name for logs and messages.
@@ -171,6 +171,14 @@ class Task:
         separator = self.delimiter if self.delimiter in problem.solution else "\n"
         steps = [step.strip() for step in problem.solution.split(separator)]
         return [step for step in steps if step] or None
+
+    def demonstrate_solution(
+        self, problem: Problem, rng: np.random.Generator
+    ) -> tuple[str | Sequence[Message], str] | None:
+        """A prompt and an answer to imitate: the reference solution; None: there is none."""
+        if (steps := self.reference(problem)) is None:
+            return None
+        return self.prompt(problem), "".join(f"{step}{self.delimiter}" for step in steps)
 
     def close(self) -> None:
         """Ends whatever processes the verifier started; a later `score` starts them again."""

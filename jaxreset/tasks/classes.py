@@ -79,6 +79,6 @@ def makes_problems(task: type[Task] | Task) -> bool:
     return hasattr(task, "problems")
 
 
-def demonstrates(task: type[Task] | Task) -> bool:
-    """Whether it has solutions that a policy can be warm-started with."""
-    return hasattr(task, "demonstrate_solution")
+def demonstrates(task: type[Task]) -> bool:
+    """Whether it makes demonstrations itself, in place of the problems' solutions."""
+    return task.demonstrate_solution is not Task.demonstrate_solution

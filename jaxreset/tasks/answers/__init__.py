@@ -16,7 +16,7 @@ import re
 from decimal import Decimal
 from typing import NamedTuple
 
-from jaxreset.tasks.answers.boxes import after_hashes, final_answer, last_boxed
+from jaxreset.tasks.answers.boxes import after_hashes, final_answer, last_boxed, unboxed
 from jaxreset.tasks.answers.comparing import same
 from jaxreset.tasks.answers.evaluation import TooLargeError
 from jaxreset.tasks.answers.reading import plain_parts, read
@@ -33,6 +33,7 @@ __all__ = [
     "plain_number",
     "prepare_verifier",
     "same_answer",
+    "unboxed",
 ]
 
 _BARE_NUMBER = re.compile(r"-?[0-9]{1,200}(?:\.[0-9]{1,200})?")

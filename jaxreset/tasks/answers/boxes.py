@@ -84,6 +84,24 @@ def final_answer(text: str) -> str | None:
     return after_hashes(text) if boxed is None else boxed
 
 
+def unboxed(text: str) -> str:
+    r"""`text` without its boxes: what they hold stays, and what is opened and never closed too.
+
+    >>> unboxed(r"so \boxed{\frac{1}{2}}, \boxed 3")
+    'so \\frac{1}{2}, 3'
+    """
+    open_braces, cuts = list[bool](), list[tuple[int, int]]()
+    for token in _BOX_TOKEN.finditer(text):
+        if token["box"] or token[0] == "{":
+            open_braces.append(bool(token["box"]))
+        if token["box"] or (token[0] == "}" and open_braces and open_braces.pop()):
+            cuts.append(token.span())
+    starts = [0, *(end for _, end in cuts)]
+    stops = [*(start for start, _ in cuts), len(text)]
+    kept = "".join(text[a:b] for a, b in zip(starts, stops, strict=True))
+    return _BARE_BOX.sub(r"\1", kept)
+
+
 def _boxes(text: str) -> list[_Box]:
     """The complete boxes of `text` in their order; of nested ones the innermost."""
     if r"\boxed" not in text and r"\fbox" not in text:
