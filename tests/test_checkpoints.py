@@ -255,6 +255,19 @@ def test_where_all_are_damaged_nothing_starts_anew(tmp_path):
         Checkpoints(tmp_path / "none", Checkpoint()).restore(state)
 
 
+def test_a_checkpoint_of_other_shapes_is_not_called_damaged(tmp_path):
+    saved(tmp_path, [1, 2])
+    state, checkpoints = make_state(size=41), Checkpoints(tmp_path, Checkpoint())
+    said = (
+        r"2 is of another policy, .*vocabulary \(\S*b is \(40, 64\) there, \(41, 64\) here\): name"
+    )
+    with pytest.raises(RunError, match=said):
+        checkpoints.restore(state, set_aside=True)
+    with pytest.raises(RunError, match=said):
+        checkpoints.restore_params(state.params)
+    assert saved_steps(tmp_path) == [1, 2]
+
+
 def test_parameters_beside_the_checkpoints_are_checked_too(tmp_path):
     params = make_state().params
     save_params(tmp_path / "start", params)

@@ -54,9 +54,8 @@ pytestmark = pytest.mark.slow
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 TINY = """
     model.fresh.layers=2 model.fresh.width=32 model.fresh.heads=2 model.fresh.kv_heads=2 model.fresh.mlp=64
-    task.min_terms=3 task.max_terms=5 task.misread=0 task.strict=false
-    sampling.max_prompt_tokens=18 reset.localizer.max_tokens=5
-    sampling.max_response_tokens=32 sampling.max_step_tokens=8
+    task.min_terms=3 task.max_terms=5 task.misread=0 task.strict=false reset.localizer.max_tokens=5
+    sampling.max_prompt_tokens=18 sampling.max_response_tokens=32 sampling.max_step_tokens=8
     reset.localizer.max_question_tokens=80 warm_start.steps=5 warm_start.batch=8
     train.steps=4 train.prompts_per_step=4 train.microbatch_tokens=1500 train.min_signal_groups=16
     data.eval_size=16 eval.batch=16 eval.every_steps=null checkpoint.every_steps=2

@@ -23,6 +23,7 @@ from jaxreset.parallel.processes import is_leader, wait_for_all
 from jaxreset.run.saved_arrays import (
     bytes_of_array,
     load_saved,
+    other_shape,
     reading_alone,
     reason_of,
     unnamed,
@@ -125,7 +126,7 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: there is none.
-          RunError: all are damaged.
+          RunError: all are damaged, or the newest has other shapes.
         """
         return self._newest(like, whole=True, set_aside=set_aside)
 
@@ -152,6 +153,11 @@ class Checkpoints:
                 self.path / str(step), like, TrainProgress()._asdict(), whole=whole
             )
             if reason is not None:
+                if (other := other_shape(self.path / str(step), like)) is not None:
+                    raise RunError(
+                        f"checkpoint {self.path / str(step)} is of another policy, or of a version of "
+                        f"jaxreset with another vocabulary ({other}): name another run.dir"
+                    )
                 damaged[step] = reason
                 continue
             if damaged and is_leader():

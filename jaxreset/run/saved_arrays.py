@@ -96,6 +96,20 @@ def load_saved(
     return (loaded, None) if (reason := _first(reason)) is None else ({}, reason)
 
 
+def other_shape(path: Path, like: Any) -> str | None:
+    """An array that was saved in another shape than `like` has it; None: there is none, or no telling."""
+    try:
+        with reading_alone():
+            saved = ocp.checkpointables_metadata(path).metadata["state"]
+        pairs = [(name, saved[name].shape, x.shape) for name, x in named(like).items()]
+    except Exception:  # it is damaged, and said to be by those who load it
+        pairs = []
+    differ = (
+        f"{name} is {there} there, {here} here" for name, there, here in pairs if there != here
+    )
+    return _first(next(differ, None))
+
+
 def _others(path: Path, targets: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """The other arrays that were saved, each to lie as the target does whose name it ends in; or what
     is wrong."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-MISREAD_RATE = (
-    0.65  # how often a misread number is: more often than not, so that greedy goes wrong too
-)
+# How often a misread number is: more often than not, so that a policy goes wrong greedily too.
+MISREAD_RATE = 0.65
 
 
 def predicted_accuracy(
