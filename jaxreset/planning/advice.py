@@ -108,7 +108,7 @@ def _changes(case: Case, phase: str) -> Iterator[dict[str, Any]]:
     elif phase == "update" and not config.train.remat:
         yield {"train.remat": "true"}
     if phase == "warm start" and config.warms_at_once:
-        for batch in dict.fromkeys((max(config.warm_start.batch // n, 1) for n in (2, 8))):
+        for batch in dict.fromkeys(max(config.warm_start.batch // n, 1) for n in (2, 8)):
             yield {"warm_start.batch": batch}
     if phase == "update" and case.pack.bins > data_shards(mesh):
         bin_slots = case.pack.prefix + case.pack.lanes * case.pack.slots
