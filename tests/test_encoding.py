@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from jaxreset.config import WarmStart
 from jaxreset.config_file import load_config
 from jaxreset.errors import ConfigError
 from jaxreset.models.encoding import (
@@ -27,7 +26,7 @@ from jaxreset.resets.localize import PolicyLocalizer, ScoringLocalizer
 from jaxreset.resets.rules import Failure
 from jaxreset.run import folder as run_folder
 from jaxreset.run.folder import RunFolder
-from jaxreset.run.warm_start import demonstrations
+from jaxreset.run.lessons import make_lessons
 from jaxreset.tasks.asking import Asking
 from jaxreset.tasks.chain import ChainTask
 from jaxreset.tasks.pipeline import PromptSource, encode_prompts, fit_prompts
@@ -86,6 +85,7 @@ def test_prompts_have_one_beginning_and_no_end(added, chat):
         chatted = "BOS" in chat + "BOS" * (chat in ("with both", "twice"))
         begun = "<s>" if added in ("BOS", "both") or chatted else ""
         assert spelt(tokenizer, tokens) == begun + text
+    asking = Asking(TASK, tokenizer)
     inline = PolicyLocalizer(
         None,
         Asking(TASK, tokenizer, chat="raw"),
@@ -104,14 +104,12 @@ def test_prompts_have_one_beginning_and_no_end(added, chat):
         "\\boxed{2}",
     ]
 
-    config = WarmStart(steps=2, batch=2)
-    for batches in demonstrations(TASK, PROBLEMS, tokenizer, config, seed=0):
-        for tokens, starts, ends in batches:
-            for row, start, end in zip(tokens, starts, ends, strict=True):
-                shown, begun = spelt(tokenizer, row[:end]), added in ("BOS", "both")
-                assert shown.count("<s>") == shown.startswith("<s>") == begun
-                assert shown.count("</s>") == shown.endswith("</s>") == 1
-                assert (tokens.dtype, row[start - 1] != 2) == (np.int32, True)
+    lessons = make_lessons(load_config(QUICKSTART, ["warm_start.steps=2"]), asking, PROBLEMS, (2,))
+    for shown in (one for step in range(2) for batch in lessons.of_step(step) for one in batch):
+        text = spelt(tokenizer, [*shown.prompt, *shown.answer])
+        assert text.count("<s>") == text.startswith("<s>") == bool(begun)
+        assert text.count("</s>") == text.endswith("</s>") == 1
+        assert shown.prompt.dtype == shown.answer.dtype == np.int32
 
 
 def test_texts_that_begin_or_end_like_a_sequence():

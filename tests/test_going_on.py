@@ -170,6 +170,27 @@ def test_a_run_of_a_newer_version_is_refused_by_its_keys(run):
     assert (run / "config.yaml").read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("steps", "asked"), [(0, []), (9, ["optimizer=muon", "learning_rate=0.02"])]
+)
+def test_an_older_warm_start_was_muons(tmp_path, steps, asked):
+    """Without one, its rate is none of the run's business."""
+    settings = "model.path=x", f"warm_start.steps={steps}", *(f"warm_start.{a}" for a in asked)
+    folder = folder_of(tmp_path, *settings)
+    folder.check_writable()
+    folder.claim()
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    older = {
+        "warm_start.optimizer": None,
+        "warm_start.path": None,
+        "warm_start.learning_rate": 0.02,
+    }
+    edit(tmp_path, older)
+    folder.check_writable()
+    with pytest.raises(ConfigError, match=r"warm_start.learning_rate: .* there, 0.3 asked"):
+        folder_of(tmp_path, *settings, "warm_start.learning_rate=0.3").check_writable()
+
+
 def test_what_an_older_version_allowed_is_compared_too(run):
     edit(run, {"train.epochs": 2, "mesh": None})  # without loss.clip that is refused by now
     with pytest.raises(ConfigError, match=r"run \(train.epochs: 2 there, 1 asked\)"):

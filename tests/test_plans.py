@@ -25,7 +25,14 @@ from jaxreset.parallel.collectives import collectives
 from jaxreset.parallel.topology import Slice, refusal, slice_of
 from jaxreset.planning import ahead, caches, footprint
 from jaxreset.planning.advice import advise
-from jaxreset.planning.footprint import Phase, Program, make_case, phases
+from jaxreset.planning.footprint import (
+    Phase,
+    Program,
+    check_room,
+    estimated,
+    make_case,
+    phases,
+)
 from jaxreset.planning.plans import plan
 from jaxreset.sampling import schedule
 
@@ -224,6 +231,26 @@ def test_groups_that_are_cut_keep_their_prefix_in_each_part():
     slot = 2 * 4 * case.subject.model.kv_heads * case.subject.model.head_dim  # bytes, of one layer
     drawn, apart = (c.memory.drawing_bytes(round_) for c, round_ in ((case, shape), (whole, other)))
     assert apart - drawn == 4 * slot * shape.suffix  # half of the rows, but no less of the prefix
+
+
+def test_the_warm_start_of_a_fresh_policy_is_a_phase_of_its_own():
+    def held(*overrides):
+        case = make_case(small_config(*overrides), slice_in(GIB))
+        return case, phases(case, estimated(case)).get("warm start")
+
+    case, small = held("warm_start.steps=5", "model.lora.rank=2")
+    assert small.parts["trained parameters"] == 4 * case.subject.parameters  # whole on each device
+    _, large = held("warm_start.steps=5", "model.lora.rank=2", "warm_start.batch=640")
+    assert large.parts["temporary"] == 10 * small.parts["temporary"]
+    _, narrow = held("warm_start.steps=5", "model.dtype=bfloat16")
+    assert narrow.parts["frozen parameters"] == 2 * case.subject.parameters
+    assert held()[1] is None
+    with pytest.raises(
+        ConfigError, match=r"warm start takes about .* a smaller warm_start.batch or"
+    ):
+        check_room(
+            make_case(small_config("warm_start.steps=5", "warm_start.batch=8000000"), slice_in(GIB))
+        )
 
 
 def test_what_is_resident_is_a_devices_part_of_it():

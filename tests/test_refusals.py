@@ -42,6 +42,8 @@ def materials(tmp_path_factory):
         "malformed.jsonl": f"{good}\n{good}\n{good[:-5]}\n",
         "unanswered.jsonl": f'{good}\n{{"question": "What is ten?"}}\n',
         "unsolved.jsonl": f'{good}\n{{"question": "What is ten?", "answer": "I give up"}}\n',
+        "answers.jsonl": '{"problem": "What is ten?", "answer": "10"}\n' * 3,
+        "demos.jsonl": '{"prompt": "ten", "completion": "10"}\n{"prompt": "ten", "completion": 3.5e999}\n',
         "listed.jsonl": "[1, 2]\n",
         "empty.jsonl": "\n",
         "choices.jsonl": json.dumps({"question": "?", "options": ["red", "blue"], "answer": "C"}),
@@ -201,7 +203,29 @@ REFUSED = [
         "loss.importance_cap=2.0 with loss.clip=0.2 and loss.ratio_to=sampler",
     ),
     math("reset.rule=oracle", "reset.rule=oracle", "use chain, or another rule"),
-    math("warm_start.steps=5", "warm_start.steps=5", "set it to 0"),
+    math(
+        "warm_start.steps=5 data.path=answers.jsonl",
+        "warm_start.steps=5: none of 2 problems has a solution",
+        "name a file of demonstrations in warm_start.path, or set it to 0",
+    ),
+    math(
+        "warm_start.steps=5 warm_start.path=none.jsonl", "warm_start.path: none.jsonl: no such file"
+    ),
+    math(
+        "warm_start.steps=5 warm_start.path=demos.jsonl",
+        "warm_start.path: demos.jsonl, line 2",
+        "field 'completion' is",
+    ),
+    math(
+        "warm_start.steps=5 sampling.max_response_tokens=3 sampling.max_step_tokens=3",
+        "the problems' solutions: none of 2 demonstrations fits",
+        "raise the limits",
+    ),
+    math(
+        "warm_start.steps=5 warm_start.optimizer=muon",
+        "warm_start.optimizer=muon with model.path",
+        "or use adamw",
+    ),
     math("data.path=null", "data.path is null", "name a file"),
     math("model.path=null", "model.path is null", "name a folder"),
     # prompts and their limit

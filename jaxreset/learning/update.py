@@ -71,7 +71,9 @@ def abstract_state(params: nnx.State, optimizer: optax.GradientTransformation) -
     if isinstance(replicated, jax.sharding.NamedSharding):
         replicated = jax.sharding.NamedSharding(replicated.mesh, jax.sharding.PartitionSpec())
 
-    def like(x: Array, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    def like(x: Any, sharding: jax.sharding.Sharding) -> Any:
+        if isinstance(x, optax.MaskedNode):  # another part of the optimizer has this parameter's
+            return x
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     opt_state = optax.tree_utils.tree_map_params(
@@ -80,6 +82,7 @@ def abstract_state(params: nnx.State, optimizer: optax.GradientTransformation) -
         jax.eval_shape(optimizer.init, params),
         shardings,
         transform_non_params=lambda x: like(x, replicated),
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )
     whole = jax.tree.map(like, params, shardings)
     return TrainState(whole, opt_state, whole)

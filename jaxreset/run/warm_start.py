@@ -211,9 +211,9 @@ def _packed(
     static: dict[str, Any] = {"graph": policy.graph, "remat": config.train.remat, "mesh": mesh}
     bad = 0
     for step, shown in _steps(lessons, config, interrupt):
-        groups, loss = as_groups(shown), 0.0
-        if not groups:  # all that the task drew is too long
+        if not shown:  # all that the task drew is too long
             continue
+        groups, loss, normalizer = as_groups(shown), 0.0, len(shown[0])
         for batch in pack(groups, shapes):
             gradients, part = accumulate(
                 state.gradients,
@@ -227,7 +227,7 @@ def _packed(
             )
             state, loss = state._replace(gradients=gradients), loss + float(part)
         state, norm = apply(
-            state, np.float32(1), np.int32(step - 1), optimizer=optimizer, layout=layout
+            state, np.float32(normalizer), np.int32(step - 1), optimizer=optimizer, layout=layout
         )
         bad = 0 if np.isfinite(norm) else bad + 1
         if bad >= config.train.max_nonfinite:
@@ -236,7 +236,9 @@ def _packed(
                 f"{bad} gradients in a row weren't finite; the last batch began with {places}"
             )
         tokens = sum(group.tokens for group in groups)
-        on_step({"step": step, "loss": loss, "grad_norm": float(norm), "tokens": tokens})
+        on_step(
+            {"step": step, "loss": loss / normalizer, "grad_norm": float(norm), "tokens": tokens}
+        )
     return nnx.merge_state(state.params, frozen)
 
 
@@ -250,7 +252,7 @@ def _steps(
 
 
 def as_groups(shown: Sequence[Sequence[Demonstration]]) -> list[Group]:
-    """Groups whose `losses.policy_loss`, with the normalizer 1, is the sum of the batches' means."""
+    """Groups whose summed losses, divided by the size of the first batch, are the batches' means summed."""
     return [
         Group(
             number,
@@ -258,7 +260,7 @@ def as_groups(shown: Sequence[Sequence[Demonstration]]) -> list[Group]:
             [one.answer],
             behavior_logps=[np.zeros(len(one.answer), np.float32)],
             rewards=np.ones(1),
-            advantages=np.array([1 / len(batch)]),
+            advantages=np.array([len(shown[0]) / len(batch)]),
         )
         for batch in shown
         for number, one in enumerate(batch)
