@@ -115,12 +115,8 @@ def _as_then(values: dict[str, Any]) -> dict[str, Any]:
     """With what an older version did where it had no key for it, and the default is another now."""
     task, model = values.get("task"), values.get("model")
     warm = values.get("warm_start")
-    if isinstance(warm, dict) and isinstance(model, dict) and "optimizer" not in warm:
-        if not warm.get("steps"):  # the rate was muon's, whatever the model
-            warm = {key: value for key, value in warm.items() if key != "learning_rate"}
-        values = values | {
-            "warm_start": warm | ({"optimizer": "muon"} if warm.get("steps") else {})
-        }
+    if isinstance(warm, dict) and "optimizer" not in warm:
+        values = values | {"warm_start": warm | {"optimizer": "muon"}}
     if not isinstance(task, dict) or not isinstance(model, dict):
         return values
     if "chat" in task or model.get("path") is None:  # a policy of ours has no chat template

@@ -249,12 +249,12 @@ def test_malformed_files_are_refused(tmp_path):
     answers = answers_of()
     for name, text, words in (
         ("none.jsonl", None, "no such file"),
-        ("some.csv", "a,b", "extension '.csv'; expected a file ending in .jsonl, .parquet, .json"),
+        ("some.csv", "a,b", "extension '.csv'; expected one of .jsonl, .parquet, .json"),
         ("empty.jsonl", "\n", "empty; expected at least one record with 'prompt' and 'completion'"),
         ("cut.jsonl", '{"prompt": "1', "line 1: malformed JSON"),
         ("cut.json", '[{"prompt": "1"', "malformed JSON .*expected a list of objects"),
         ("object.json", '{"prompt": "1"}', "expected a list of objects"),
-        ("numbers.json", "[1]", "record 1: 1; expected a JSON object"),
+        ("numbers.json", "[1]", "record 1 in line 1: 1; expected a JSON object"),
         ("twice.json", '[{"prompt": "1", "prompt": "2"}]', "'prompt' is there more than once"),
         ("fake.parquet", "PAR", "not a Parquet file"),
     ):

@@ -259,10 +259,13 @@ def test_what_is_resident_is_a_devices_part_of_it():
         slice_in(GIB),
     )
     held = phases(case, [])["update"].parts
-    # Frozen matrices are split 2 × 2, embeddings too; norms are whole.
+    # Frozen matrices are split 2 × 2, embeddings in two, for their vocabulary is odd; norms are whole.
     c = case.subject.model
     numbers, norms = case.subject.parameters, (2 * c.layers + 1) * c.width
-    assert held["frozen parameters"] == 2 * ((numbers - norms) // 4 + norms)
+    embeddings = c.vocab * c.width * (1 if c.tie_embeddings else 2)
+    assert c.vocab % 2
+    split = (numbers - norms - embeddings) // 4 + embeddings // 2
+    assert held["frozen parameters"] == 2 * (split + norms)
     assert held["gradients"] == held["trained parameters"]
     assert held["optimizer"] == 2 * held["trained parameters"] + 2 * 4  # two counts
 

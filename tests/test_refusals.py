@@ -43,7 +43,7 @@ def materials(tmp_path_factory):
         "unanswered.jsonl": f'{good}\n{{"question": "What is ten?"}}\n',
         "unsolved.jsonl": f'{good}\n{{"question": "What is ten?", "answer": "I give up"}}\n',
         "answers.jsonl": '{"problem": "What is ten?", "answer": "10"}\n' * 3,
-        "demos.jsonl": '{"prompt": "ten", "completion": "10"}\n{"prompt": "ten", "completion": 3.5e999}\n',
+        "demos.jsonl": '{"prompt": "ten", "completion": "10"}\n{"prompt": "ten", "completion": 3.5e9999}\n',
         "listed.jsonl": "[1, 2]\n",
         "empty.jsonl": "\n",
         "choices.jsonl": json.dumps({"question": "?", "options": ["red", "blue"], "answer": "C"}),

@@ -23,10 +23,10 @@ def warm_start_parts(subject: Subject) -> dict[str, int] | None:
         return None
     base = subject.state.params if subject.model.lora is None else subject.frozen
     trained = device_bytes_of(jax.tree.map(_wide, base))
-    narrow = jnp.dtype(subject.model.dtype).itemsize < 4
+    size = jnp.dtype(subject.model.dtype).itemsize
     return {
         "trained parameters": trained,
-        "frozen parameters": device_bytes_of(base) if narrow else 0,  # what it starts from
+        "frozen parameters": trained * size // 4 if size < 4 else 0,  # what it starts from
         "optimizer": 2 * trained,
         "gradients": trained,
         "temporary": _activations(subject),

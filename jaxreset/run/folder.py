@@ -22,6 +22,7 @@ from jaxreset.tasks.fingerprint import Portion, differences
 from jaxreset.tasks.scoring import Record, keep_errors
 
 DATE = "task.date"
+WARM_STEPS = "warm_start.steps"
 
 
 class RunFolder:
@@ -199,6 +200,8 @@ class RunFolder:
         before = _flat(saved_values(self.saved))
         now = _flat(self.config.model_dump(mode="json"))
         keys = sorted({*before, *now})
+        if not before.get(WARM_STEPS) and not now.get(WARM_STEPS):
+            keys = [key for key in keys if not _below(key, ("warm_start",))]  # there is none
         return {k: (before.get(k), now.get(k)) for k in keys if before.get(k) != now.get(k)}
 
     def _refuse_other_run(
