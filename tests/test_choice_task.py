@@ -318,6 +318,9 @@ def test_facts_are_the_solution():
     assert BOOLEAN.read_record(record | {"solution": "So."}).solution == "So."
     assert BOOLEAN.read_record(record | {"facts": []}).solution == "?"
     assert BOOLEAN.reference(Problem("p", "?", "yes")) is None
+    boxed = Problem("p", "?", "yes", "So \\boxed{no}, but\n\\boxed{yes}.\n")
+    assert BOOLEAN.reference(boxed) == ["So no, but", "yes.", r"\boxed{yes}"]
+    assert BOOLEAN.reference(Problem("p", "?", "yes", "yes")) is None  # no more than the answer
 
 
 @pytest.mark.parametrize(
@@ -395,7 +398,9 @@ def test_examples_are_read_asked_and_solved(name):
         assert problem.question in task.localization(problem, steps)
         assert "numbered 1 to 2" in task.inline_localization(problem, steps)
         reference = task.reference(problem)
-        assert reference is None or reference[-1] == boxes[0]
+        if reference is not None:
+            assert reference[-1] == boxes[0]
+            assert rewards(task, problem, "".join(f"{step}\n" for step in reference)) == [1]
     assert any(task.reference(problem) for problem in problems)
 
 

@@ -450,7 +450,32 @@ def test_the_examples_and_their_solutions(task):
     assert scores.errors == scores.timeouts == ()
     steps = task.reference(problems[0])
     assert len(steps) == 3
-    assert steps[-1].startswith("```python")
+    assert steps[-1].startswith("```python\n")
+    assert [task.answer_marker in step for step in steps] == [False, False, True]
+    shown = "".join(f"{step}{task.delimiter}" for step in steps)
+    assert task.answer(problems[0], shown) == task.answer(problems[0], problems[0].solution)
+
+
+@pytest.mark.parametrize(
+    ("solution", "steps"),
+    [
+        ("print(1)", ["```python\nprint(1)\n```\n"]),
+        ("\nif True:\n    print('a')\n\n", ["```python\nif True:\n    print('a')\n```\n"]),
+        (
+            "Count.\nThen\n\nprint.\n```py\nprint(1)\n```",
+            ["Count.\nThen", "print.", "```python\nprint(1)\n```\n"],
+        ),
+        ("Add.</thought>```python\n1 + 1\n```</thought>", ["Add.", "```python\n1 + 1\n```\n"]),
+        ("Count the words, then print.", None),
+        ("```cpp\nint main() {}\n```", None),
+        ("", None),
+    ],
+)
+def test_a_reference_ends_in_its_program(task, solution, steps):
+    problem = Problem("p", "Print.", "", solution)
+    assert task.reference(problem) == steps
+    if steps:
+        assert task.answer(problem, "".join(f"{step}{task.delimiter}" for step in steps))
 
 
 def test_the_share_of_tests_and_what_follows_a_timeout(task):

@@ -54,7 +54,9 @@ def scripted(compiled_in_haste):
 def model(tokenizer, tmp_path_factory):
     """A folder with a tiny policy for the chain task."""
     folder = tmp_path_factory.mktemp("policy") / "model"
-    sizes = DecoderConfig(vocab=28, layers=1, width=32, heads=2, kv_heads=2, head_dim=16, mlp=48)
+    sizes = DecoderConfig(
+        vocab=len(tokenizer), layers=1, width=32, heads=2, kv_heads=2, head_dim=16, mlp=48
+    )
     random_policy(sizes, tokenizer).export(folder)
     return folder
 

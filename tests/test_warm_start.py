@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from jaxreset.run.lessons import Lessons, make_lessons
 from jaxreset.run.parts import spread
 from jaxreset.run.warm_start import SIZES, padded, warm_start, warm_start_shapes
 from jaxreset.tasks.asking import Asking
+from jaxreset.tasks.base import Problem, Task
 from jaxreset.tasks.chain import ChainTask
 from jaxreset.tasks.demonstrations import Demonstration
 
@@ -297,6 +299,38 @@ def test_passes_over_a_file_show_each_record_once(tokenizer, tmp_path):
     assert texts[:3] != texts[3:]
     again = drawn(tokenizer, config, [])
     assert [tokenizer.decode(one.prompt) for one in again.of_step(4)[0]] == texts[4]
+
+
+class Generated(Sequence):
+    """As many problems as there are numbers; number n is made when it is asked for."""
+
+    def __init__(self, solution):
+        self.solution, self.made = solution, set()
+
+    def __len__(self):
+        return 10**9
+
+    def __getitem__(self, number):
+        self.made.add(number)
+        return Problem(f"p:{number}", f"a{number}", "", self.solution)
+
+
+def test_of_generated_problems_no_more_are_made_than_shown(tokenizer):
+    class Bare(ChainTask):
+        demonstrate_solution = Task.demonstrate_solution
+        reference = Task.reference
+
+    settings = "warm_start.steps=3", "warm_start.batch=50", "sampling.max_prompt_tokens=20"
+    config, answers = config_of(*settings), (tokenizer.eos_token_id,)
+    problems = Generated("1\n")
+    lessons = make_lessons(config, Asking(Bare(), tokenizer), problems, answers)
+    assert problems.made == set(range(150))
+    shown = [one.place for step in range(3) for one in lessons.of_step(step)[0]]
+    assert sorted(shown) == sorted(f"p:{n}" for n in range(150))
+    without = Generated("")
+    with pytest.raises(ValueError, match=f"none of {10**9} problems has a solution to learn from"):
+        make_lessons(config, Asking(Bare(), tokenizer), without, answers)
+    assert without.made == set(range(100))
 
 
 # The config

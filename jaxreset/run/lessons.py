@@ -26,6 +26,7 @@ Batches = tuple[Sequence[Demonstration], ...]
 
 # Solving comes first: localising is learnt quickly once the sums are known, and hardly before.
 SOLVING_ONLY = 0.45
+LOOKED_AT = 100  # generated problems that tell whether such have solutions
 
 
 class Lessons(NamedTuple):
@@ -63,19 +64,31 @@ def make_lessons(
         source = "warm_start.path"
         try:
             found = read_demonstrations(path, answers)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             raise ValueError(f"{source}: {error}") from error
     else:
         source = "the problems' solutions"
-        found = solved_problems((problems[i] for i in range(len(problems))), answers)
-        if not found:
-            raise ValueError(
-                f"warm_start.steps={config.warm_start.steps}: none of {len(problems)} problems has a "
-                "solution to learn from; name a file of demonstrations in warm_start.path, or set it to 0"
-            )
+        found = _solutions(config, answers, problems)
     kept = _fitting(config, found, source)
     order, batch = Shuffled(kept, seed=config.seed), config.warm_start.batch
     return Lessons(lambda step: (order.batch(step, batch),), kept, len(found) - len(kept))
+
+
+def _solutions(
+    config: Config, answers: Answers, problems: Sequence[Problem]
+) -> list[Demonstration]:
+    """All solutions of problems that are read, and as many as are shown of those that are generated."""
+    count = len(problems)
+    if not isinstance(problems, list):
+        count = min(count, config.warm_start.steps * config.warm_start.batch)
+        if not solved_problems((problems[i] for i in range(min(count, LOOKED_AT))), answers):
+            count = 0
+    if not (found := solved_problems((problems[i] for i in range(count)), answers)):
+        raise ValueError(
+            f"warm_start.steps={config.warm_start.steps}: none of {len(problems)} problems has a "
+            "solution to learn from; name a file of demonstrations in warm_start.path, or set it to 0"
+        )
+    return found
 
 
 def _drawn(config: Config, answers: Answers, problems: Sequence[Problem]) -> Lessons:

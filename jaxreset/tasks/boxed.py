@@ -2,13 +2,14 @@ r"""Tasks whose answer is one of a few, written in `\boxed{}`: read in linear ti
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from jaxreset.tasks.answers import last_boxed
-from jaxreset.tasks.base import Item, Problem, Scores
+from jaxreset.tasks.answers import last_boxed, unboxed
+from jaxreset.tasks.base import Item, Problem, Scores, Task
 from jaxreset.tasks.templated import TemplatedTask
 
 # What may stand around an answer and is no part of it: a font, math mode, braces.
@@ -46,8 +47,22 @@ class BoxedTask(TemplatedTask):
 
     def reference(self, problem: Problem) -> list[str] | None:
         """The steps of the reference solution, and the boxed answer as the last."""
-        steps = super().reference(problem)
-        return steps and [*steps, f"\\boxed{{{problem.answer}}}"]
+        return boxed_reference(self, problem, problem.solution)
+
+
+def boxed_reference(task: Task, problem: Problem, solution: str) -> list[str] | None:
+    r"""The steps of a solution, their boxes opened, and one with the problem's answer in `\boxed{}` alone.
+
+    A step with the answer marker in it is left out: there a response would end. None where there is no
+    more than the answer, or no box can hold it.
+    """
+    answer = " ".join(problem.answer.split())
+    steps = Task.reference(task, dataclasses.replace(problem, solution=unboxed(solution))) or []
+    steps = [step for step in steps if task.answer_marker not in step]
+    last = rf"\boxed{{{answer}}}"
+    if not steps or steps == [problem.answer.strip()] or last_boxed(last) != answer:
+        return None
+    return [*steps, last if task.answer_marker in last else f"{task.answer_marker} {last}"]
 
 
 def unwrapped(answer: str) -> str:

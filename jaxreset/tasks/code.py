@@ -19,7 +19,7 @@ from jaxreset.tasks.base import Item, Problem, Scores
 from jaxreset.tasks.programs import records
 from jaxreset.tasks.programs.filters import syscall_filter
 from jaxreset.tasks.programs.running import ProgramLimits, count_passed, start_launcher
-from jaxreset.tasks.programs.verdicts import last_program
+from jaxreset.tasks.programs.verdicts import is_program, last_program
 from jaxreset.tasks.templated import TemplatedTask
 from jaxreset.tasks.workers import RewardWorkers
 
@@ -99,6 +99,21 @@ class CodeTask(TemplatedTask):
     def answer(self, problem: Problem, response: str) -> str | None:
         """The program of a response; None: it has none."""
         return last_program(self._plain(response))
+
+    def reference(self, problem: Problem) -> list[str] | None:
+        """The text before the solution's program, by steps or paragraphs, and the program in a block.
+
+        None where there is no program: a solution without a block is one if it is Python.
+        """
+        before, fence, _ = problem.solution.partition("```")
+        program = last_program(self._plain(problem.solution))
+        if not fence and is_program(problem.solution):
+            before, program = "", f"{problem.solution.strip()}\n"
+        if program is None:
+            return None
+        separator = self.delimiter if self.delimiter in before else "\n\n"
+        steps = [step.strip() for step in before.split(separator)]
+        return [*(step for step in steps if step), f"```python\n{program}```\n"]
 
     def _plain(self, response: str) -> str:
         """Without delimiters, which would hide the fence that they stand behind."""

@@ -2,14 +2,14 @@ r"""Mathematics: word problems and competition problems whose final answer can b
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxreset.tasks.answers import final_answer, prepare_verifier, same_answer, unboxed
+from jaxreset.tasks.answers import final_answer, prepare_verifier, same_answer
 from jaxreset.tasks.answers.normal import normal_form
 from jaxreset.tasks.base import ANSWERED_WITHIN, Item, Problem, Scores
+from jaxreset.tasks.boxed import boxed_reference
 from jaxreset.tasks.templated import TemplatedTask
 from jaxreset.tasks.workers import RewardWorkers
 
@@ -60,19 +60,8 @@ class MathTask(TemplatedTask):
         return normal_form(found) or None if found else None
 
     def reference(self, problem: Problem) -> list[str] | None:
-        r"""The steps of the data's solution, their boxes opened, and one with the boxed answer alone.
-
-        None where the data has no more than the answer, or no box can hold it. A step with the answer
-        marker in it is left out: there a response would end.
-        """
-        answer = " ".join(problem.answer.split())
-        text = unboxed(_HASHES.sub("", problem.solution))
-        steps = super().reference(dataclasses.replace(problem, solution=text)) or []
-        steps = [step for step in steps if self.answer_marker not in step]
-        last = rf"\boxed{{{answer}}}"
-        if not steps or steps == [problem.answer.strip()] or final_answer(last) != answer:
-            return None
-        return [*steps, last if self.answer_marker in last else f"{self.answer_marker} {last}"]
+        """The steps of the data's solution, and one with the boxed answer alone; see `boxed_reference`."""
+        return boxed_reference(self, problem, _HASHES.sub("", problem.solution))
 
     def close(self) -> None:
         """Ends the reward workers; a later `score` starts them again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from decimal import Decimal
 
@@ -29,6 +30,18 @@ def last_program(response: str) -> str | None:
                 program = "".join(block)
             language = None
     return program
+
+
+def is_program(text: str) -> bool:
+    """Whether all of a text is Python.
+
+    >>> is_program("n = int(input())"), is_program("Read a number first."), is_program(" ")
+    (True, False, False)
+    """
+    try:
+        return bool(ast.parse(text.strip()).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
 
 
 def same_output(output: bytes, expected: str) -> bool:
