@@ -33,6 +33,7 @@ from jaxreset.learning.update import init_state
 from jaxreset.models.adapters import trained
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.policy import load_policy
+from jaxreset.planning.footprint import here
 from jaxreset.run import loop
 from jaxreset.run.checkpoints import Checkpoints
 from jaxreset.run.compiles import compiles
@@ -115,6 +116,7 @@ def test_help_lists_typed_arguments(command, arguments):
 
 
 def test_a_dry_run_prints_shapes_and_memory_and_does_nothing(jaxreset, model, tmp_path):
+    here(load_config(QUICKSTART))  # counting an optimizer's state compiles a one-line program
     before = compiles()
     shown = jaxreset("train", "--dry-run", f"run.dir={tmp_path}/run")
     assert compiles() == before
