@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -17,7 +19,8 @@ from jaxreset.run.dry_run import base_rate, describe
 from jaxreset.tasks.chain import ChainTask
 from jaxreset.tasks.chain_base_rate import MISREAD_RATE, predicted_accuracy
 
-QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+REPOSITORY = Path(__file__).parent.parent
+QUICKSTART, TASKS = REPOSITORY / "configs" / "quickstart.yaml", REPOSITORY / "docs" / "tasks.md"
 repeatable = settings(derandomize=True, deadline=None, max_examples=60)
 tasks = st.integers(2, 10).flatmap(
     lambda modulus: st.builds(
@@ -109,6 +112,16 @@ def test_a_prediction_is_a_probability_and_strictness_never_raises_it(task, gree
     assert 0 <= strict <= lenient + 1e-12 <= 1 + 2e-12
 
 
+def test_what_the_documentation_says_of_the_dial():
+    rows = re.findall(r"^\| `(\{.*?\})`.* \| (\S+)% \| (\S+)% \|$", TASKS.read_text(), re.MULTILINE)
+    assert len(rows) == 7
+    for written, *said in rows:
+        task = ChainTask(**yaml.safe_load(written))
+        for share, greedy in zip(said, (False, True), strict=True):
+            unit = 10.0 ** -len(share.partition(".")[2])  # of its last digit, in percent
+            assert abs(float(share) - 100 * task.predicted_accuracy(greedy=greedy)) <= 0.51 * unit
+
+
 @pytest.mark.usefixtures("hasty")
 def test_the_dry_run_says_what_a_warm_start_will_come_to():
     shown = io.StringIO()
@@ -128,6 +141,7 @@ def test_a_base_rate_is_told_where_the_demonstrations_decide_it():
     rare = ["task.min_terms=19", "task.max_terms=19", "task.misread=4", "task.mistakes=0.12"]
     assert "about 8e-08 sampled at temperature 1, 5e-14 greedily" in told(*rare)
     assert told("warm_start.steps=0") is None
+    assert told("warm_start.path=demonstrations.jsonl") is None
     assert told("task.reward={correct: task}") is None  # who knows what else
     config = load_config(QUICKSTART)
 

@@ -92,7 +92,13 @@ def _show_problems(experiment: Experiment, console: Console) -> None:
 
 def base_rate(config: Config, task: Task) -> str | None:
     """What a warm start on the embedded task will come to; None: that can't be told."""
-    if type(task) is not ChainTask or not config.warm_start.steps or config.task.reward is not None:
+    start = config.warm_start
+    if (
+        type(task) is not ChainTask
+        or not start.steps
+        or start.path
+        or config.task.reward is not None
+    ):
         return None
     rates = [task.predicted_accuracy(greedy=greedy) for greedy in (False, True)]
     sampled, greedy = (f"{rate:.0%}" if rate >= 0.01 else f"{rate:.1g}" for rate in rates)
