@@ -117,7 +117,7 @@ def test_a_run_writes_its_folder(unstopped):
     folder = unstopped.folder
     assert {f.name for f in folder.iterdir()} == {
         "config.yaml", "data.json", "metrics.jsonl", "rollouts", "checkpoints", "learning_curve.png",
-        "report.html",
+        "report.html", "warm_start.jsonl",
     }  # fmt: skip
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert saved["loss"]["aggregation"] == "sequence"  # resolved
@@ -239,7 +239,9 @@ def test_a_run_without_reward_says_so(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert shown.count("All rewards are 0, so nothing is learnt: ") == 1
     assert "nothing was learnt: no optimizer step in 2 steps" in shown
-    [alarm] = map(json.loads, (tmp_path / "alarms.jsonl").read_text().splitlines())
+    at_once, alarm = map(json.loads, (tmp_path / "alarms.jsonl").read_text().splitlines())
+    assert (at_once["kind"], at_once["step"]) == ("nothing solved", 0)
+    assert at_once["response"]
     assert (alarm["kind"], alarm["step"]) == ("no reward", 1)
     first = json.loads((tmp_path / "rollouts" / "step_000001.jsonl").read_text().splitlines()[0])
     assert alarm["response"] == first["groups"][0]["rows"][0]["text"]
