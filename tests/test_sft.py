@@ -108,17 +108,14 @@ def test_train_goes_on_from_a_warm_start_as_if_it_had_made_it(jaxreset, model, t
     assert (folder / "report.html").is_file()
     learnt = open_run(folder).policy()
 
-    again = jaxreset("sft", config, *settings, f"run.dir={folder}")  # which only reads it
-    assert "warm start 4/4" not in again
-    assert lines_of(folder / "metrics.jsonl") == metrics
-    shown = jaxreset("eval", config, *settings, f"run.dir={folder}", "--json")
-    assert json.loads(shown.splitlines()[-1])["eval/accuracy"] == metrics[0]["eval/accuracy"]
-    jaxreset("export", config, tmp_path / "out", *settings, f"run.dir={folder}")
-    exported = load_policy(tmp_path / "out")
-    for ours_, theirs in zip(
-        jax.tree.leaves(learnt.merged().params), jax.tree.leaves(exported.params), strict=True
-    ):
-        np.testing.assert_allclose(ours_, theirs, rtol=1e-6, atol=1e-7)
+    if way == "all parameters":  # what finished runs are good for
+        again = jaxreset("sft", config, *settings, f"run.dir={folder}")  # which only reads it
+        assert "warm start 4/4" not in again
+        assert lines_of(folder / "metrics.jsonl") == metrics
+        shown = jaxreset("eval", config, *settings, f"run.dir={folder}", "--json")
+        assert json.loads(shown.splitlines()[-1])["eval/accuracy"] == metrics[0]["eval/accuracy"]
+        jaxreset("export", config, tmp_path / "out", *settings, f"run.dir={folder}")
+        assert_same_params(load_policy(tmp_path / "out").params, learnt.params)
     if way == "adapters kept near":
         assert_same_params(trained(learnt.params)[1], load_policy(model).params)
 
