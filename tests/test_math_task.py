@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxreset.tasks.answers import answers_equal, final_answer, last_boxed, plain_number
+from jaxreset.tasks.answers import (
+    answers_equal,
+    final_answer,
+    last_boxed,
+    plain_number,
+    prepare_verifier,
+)
 from jaxreset.tasks.base import Problem
 from jaxreset.tasks.math import MathTask, score_answer
 from jaxreset.tasks.records import load_problems
+from jaxreset.tasks.workers import RewardWorkers
 
 GSM8K = Path(__file__).parents[1].parent / "shared/data/gsm8k"
 
@@ -501,6 +509,51 @@ def test_pathological_answers_are_ended_counted_and_named(task, caplog):
     assert set(scores.timeouts) <= {1, 3}
     assert any(repr(responses[1]) in record.message for record in caplog.records)
     assert all("'train:7'" in record.message for record in caplog.records)
+
+
+HOSTILE = [
+    r"\boxed{9^{9^9}}",
+    r"\boxed{9^{9^{9^{9}}}}",
+    r"\boxed{(10^{10^{10}})!}",
+    "\\boxed{" + "(" * 2**19 + "81" + ")" * 2**19 + "}",
+    "\\boxed{" + "{" * 2**20,
+    "\\boxed{" * 2**17,
+    "\\boxed{81" + " and so on" * 2**17,
+    "\\boxed{" + "9" * 2**20 + "}",
+    "\\boxed{" + "\\frac{" * 2**17 + "}" * 2**17 + "}",
+    "\\boxed{" + "\\sqrt{" * 200 + "81" + "}" * 201,
+    r"\boxed{\sum_{n=1}^{10^{12}} \prod_{k=1}^{n} k^k}",
+    r"\boxed{\int_0^1 x^{x^{x^{x}}} \sin(x^x) dx}",
+    "\\boxed{" + "+".join(["x^{99999}"] * 2**14) + "}",
+]
+
+
+def test_a_batch_with_hostile_answers():
+    """256 responses, 5% hostile: all others are judged right, in time, and no worker is left."""
+    honest = [
+        (r"\boxed{81}", 1),
+        ("#### 81.0", 1),
+        (r"So \boxed{\frac{162}{2}}", 1),
+        (r"\boxed{80}", 0),
+    ]
+    problem = Problem("square", "?", "81")
+    responses, rewards = map(list, zip(*(honest[n % 4] for n in range(256)), strict=True))
+    for place, answer in zip(range(7, 256, 20), HOSTILE, strict=True):
+        responses[place], rewards[place] = answer, 0
+    deadline = 20.0
+    workers = RewardWorkers(
+        score_answer, cpu_seconds=0.5, wall_seconds=deadline, prepare=prepare_verifier
+    )
+    with workers:
+        workers.score([(problem, honest[0][0])] * 4)  # all have started
+        start = time.perf_counter()
+        scores = workers.score([(problem, response) for response in responses])
+        seconds = time.perf_counter() - start
+        processes = [worker.process for worker in workers._workers]
+        assert len(processes) == 2
+    np.testing.assert_array_equal(scores.rewards, rewards)
+    assert seconds < 2 * deadline
+    assert all(process.poll() is not None for process in processes)
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K files are not at hand")

@@ -459,15 +459,16 @@ def test_the_largest_number_of_rows_is_found_by_halving(monkeypatch):
 # Programs of a TPU
 
 
-def tpu_case():
-    """A small bfloat16 model on two data shards of two chips each."""
+def tpu_case(folder):
+    """A small bfloat16 model, of a vocabulary that chips can share, on two data shards of two."""
     pytest.importorskip("libtpu")
+    sizes = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    settings = {"model_type": "llama", "vocab_size": 48, "rms_norm_eps": 1e-6, **sizes, **heads}
+    (folder / "config.json").write_text(json.dumps(settings))
     values = {
         "objective": "grpo",
-        "model": {
-            "dtype": "bfloat16",
-            "fresh": {"layers": 2, "width": 256, "heads": 4, "kv_heads": 2, "mlp": 512},
-        },
+        "model": {"path": str(folder), "dtype": "bfloat16"},
         "sampling": {"max_prompt_tokens": 65, "max_response_tokens": 64},
         "train": {"prompts_per_step": 4, "microbatch_tokens": 100, "remat": True},
         "eval": {"batch": 4},
@@ -476,8 +477,8 @@ def tpu_case():
     return make_case(parse_config(values), slice_of("v5e:2x2"))
 
 
-def test_a_decoding_step_on_a_tpu_gathers_neither_weights_nor_caches():
-    case = tpu_case()
+def test_a_decoding_step_on_a_tpu_gathers_neither_weights_nor_caches(tmp_path):
+    case = tpu_case(tmp_path)
     text = ahead.decode(case.subject, case.lanes).lower().compile().as_text()
     c, lanes = case.subject.model, case.lanes
     inside = [x for x in collectives(text) if x.looping]
@@ -490,8 +491,8 @@ def test_a_decoding_step_on_a_tpu_gathers_neither_weights_nor_caches():
 
 
 @pytest.mark.slow
-def test_an_update_on_a_tpu_keeps_a_part_of_each_layers_input():
-    case = tpu_case()
+def test_an_update_on_a_tpu_keeps_a_part_of_each_layers_input(tmp_path):
+    case = tpu_case(tmp_path)
     program = ahead.accumulate_microbatch(case.subject, case.pack).lower().compile()
     c, pack, text = case.subject.model, case.pack, program.as_text()
     bins, lanes = pack.bins // 2, pack.lanes // 2
