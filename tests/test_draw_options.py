@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from types import SimpleNamespace
 
-import jax
-import numpy as np
 import pytest
 import yaml
 from scripted import PROBLEMS, TASK, ScriptedRounds, decode, prompts
@@ -16,8 +13,6 @@ from jaxreset.planning.shapes import run_shapes
 from jaxreset.resets.localize import PolicyLocalizer
 from jaxreset.run.experiment import Experiment
 from jaxreset.run.parts import make_localizer
-from jaxreset.sampling import tokens
-from jaxreset.sampling.weighing import truncate
 
 DRAWN = {"temperature": 0.7, "top_p": 0.95, "top_k": 20}
 
@@ -93,16 +88,6 @@ def test_every_localizer_draws_as_configured(policy32, mode, given):
         assert made._draw == {"rows": 1} | expected
     else:
         assert options(made) == expected
-
-
-def test_a_choice_among_steps_is_truncated_as_a_vocabulary_is():
-    rng, theirs = np.random.default_rng(0), jax.jit(tokens.truncate)
-    for top_p, top_k in itertools.product((1e-6, 0.3, 0.8, 1.0), (0, 1, 3, 50)):
-        logps = rng.integers(-4, 1, 9) + 0.5 * rng.integers(0, 2, 9)  # with ties
-        draws = tokens.Draws(1.0, top_p, top_k, 1, 0, 0, 0)
-        kept = np.isfinite(truncate(logps, top_p, top_k))
-        np.testing.assert_array_equal(kept, np.isfinite(theirs(logps.astype(np.float32), draws)))
-    assert truncate(np.array([-3.0]), 0.5, 2) == [-3.0]
 
 
 @pytest.mark.parametrize(

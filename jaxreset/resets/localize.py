@@ -13,7 +13,8 @@ from jaxreset.resets.rules import Failure
 from jaxreset.sampling.dealing import together
 from jaxreset.sampling.rounds import Snapshot, Stream
 from jaxreset.sampling.sampler import Sampler
-from jaxreset.sampling.weighing import Weigher, truncate
+from jaxreset.sampling.truncation import truncate
+from jaxreset.sampling.weighing import Weigher
 from jaxreset.tasks.asking import Asking
 
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxreset.sampling.truncation import least_kept
+
 Array = jax.Array
 Leaf = Any  # of a pytree built on the host with numpy, and traced inside jit
 
@@ -62,19 +64,24 @@ def draw_token(logits: Array, uniforms: Array, draws: Draws) -> tuple[Array, Arr
     greedy = draws.temperature <= 0
     scaled = logits / jnp.where(greedy, 1, draws.temperature)
     logps = jax.nn.log_softmax(scaled, axis=-1)
-    truncates = (draws.top_k > 0) | (draws.top_p < 1)
-    kept = jax.lax.cond(truncates, truncate, lambda x, _: x, logps, draws)
+    probabilities = jnp.exp(logps)
 
-    token = jax.lax.cond(
-        greedy,
-        lambda: jnp.argmax(logits, axis=-1),
-        lambda: invert_cdf(jnp.exp(kept), uniforms),
-    ).astype(jnp.int32)
+    def cut() -> tuple[Array, Array]:
+        return least_kept(probabilities, draws.top_k, draws.top_p)
 
-    def at_token(values: Array) -> Array:
-        return jnp.take_along_axis(values, token[..., None], axis=-1)[..., 0]
+    def uncut() -> tuple[Array, Array]:
+        whole = jnp.ones(logps.shape[:-1], logps.dtype)
+        return jnp.zeros_like(whole), whole
 
-    return token, at_token(logps), at_token(kept)
+    least, mass = jax.lax.cond((draws.top_k > 0) | (draws.top_p < 1), cut, uncut)
+
+    def drawn() -> Array:
+        kept = jnp.where(probabilities >= least[..., None], probabilities, 0)
+        return invert_cdf(kept, uniforms)
+
+    token = jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+    logp = jnp.take_along_axis(logps, token[..., None], axis=-1)[..., 0]
+    return token, logp, logp - jnp.log(mass)
 
 
 def draw_token_apart(
@@ -136,20 +143,3 @@ def invert_cdf(weights: Array, uniforms: Array) -> Array:
     which = pick(blocks.sum(axis=-1), uniforms[..., 0])
     chosen = jnp.take_along_axis(blocks, which[..., None, None], axis=-2)[..., 0, :]
     return which * block + pick(chosen, uniforms[..., 1])
-
-
-def truncate(logps: Array, draws: Draws) -> Array:
-    """Renormalised log-probabilities after top-k, then top-p; -inf where cut. `[..., V]`.
-
-    top-p keeps the smallest set of most likely tokens whose (top-k renormalised) probability reaches
-    `top_p`. Tokens that tie with the last one kept are kept too.
-    """
-    ordered = -jnp.sort(-logps, axis=-1)
-    rank = jnp.arange(logps.shape[-1])
-    by_k = jnp.where((draws.top_k <= 0) | (rank < draws.top_k), ordered, -jnp.inf)
-    probabilities = jax.nn.softmax(by_k, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the more likely ones
-    # The most likely token always stays, whatever rounding does to a tiny top_p.
-    kept = (((before < draws.top_p) | (draws.top_p >= 1)) & (by_k > -jnp.inf)).at[..., 0].set(True)
-    last = jnp.where(kept, ordered, jnp.inf).min(axis=-1, keepdims=True)
-    return jax.nn.log_softmax(jnp.where(logps >= last, logps, -jnp.inf), axis=-1)

@@ -82,16 +82,3 @@ def score_answers(
     logps = token_logps(hidden, model.head, answers)
     spelt = jnp.arange(answers.shape[-1]) < answer_lengths[:, None]
     return jnp.where(spelt, logps, 0).sum(axis=-1)
-
-
-def truncate(logps: np.ndarray, top_p: float, top_k: int) -> np.ndarray:
-    """A few choices' log-probabilities [n], normalised or not, -inf where top-k, then top-p cut.
-
-    As `tokens.truncate` does it for a vocabulary: on the host, since n varies.
-    """
-    ordered = np.sort(logps)[::-1][: top_k or None]
-    weights = np.exp(ordered - ordered[0])
-    before = (np.cumsum(weights) - weights) / weights.sum()  # mass of the likelier ones
-    kept = (before < top_p) | (top_p >= 1)
-    kept[0] = True
-    return np.where(logps >= ordered[kept][-1], logps, -np.inf)
