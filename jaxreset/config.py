@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import Field, model_validator
 
 from jaxreset import extensions
+from jaxreset.config_data import Data
 from jaxreset.config_names import Section
 from jaxreset.config_sections import (
     Checkpoint,
@@ -24,7 +25,7 @@ from jaxreset.config_sections import (
     Sampling,
     Train,
 )
-from jaxreset.config_tasks import Data, Eval, TaskConfig, WarmStart
+from jaxreset.config_tasks import Eval, TaskConfig, WarmStart
 from jaxreset.learning.settings import LearnerSettings
 from jaxreset.losses import Scale
 from jaxreset.resets.objectives import Method, Objective, make_objective

@@ -1,5 +1,5 @@
 """The sections of a config about the policy, rollouts, losses and the run, each with its keys, their
-defaults and what each may be; `config_tasks` has those about what is learnt.
+defaults and what each may be; `config_tasks` and `config_data` have those about what is learnt.
 
 `config` puts them together, and checks what goes with what.
 """

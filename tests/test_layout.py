@@ -22,7 +22,7 @@ LAYERS = (
     ("resets",),
     ("learning",),
     ("config_names",),
-    ("config_sections", "config_tasks"),
+    ("config_sections", "config_tasks", "config_data"),
     ("config",),
     ("config_file",),
     ("planning",),
