@@ -1,9 +1,9 @@
 """What runs learned: a table of held-out accuracy before and after, and their curves in one picture.
 
-    python benchmarks/learning.py runs/grpo runs/srpo runs/ladder --table FILE.md --curve FILE.svg
+    python benchmarks/learning.py runs/grpo runs/srpo runs/ladder --curve FILE.svg
 
 The runs are those of `jaxreset train` with the same problems, sizes and machine; each row is named by the
-run's objective and its seed.
+run's objective and its seed. The table is printed, in Markdown.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     ]
     for name, history in runs.items():
         first, *_, last = (line for line in history if "eval/accuracy" in line)
+        history = [line for line in history if line["step"] <= last["step"]]
         seconds = sum(line.get("seconds", 0) for line in history)
         tokens = sum(line.get("tokens_sampled", 0) for line in history)
         cells = [
@@ -85,7 +86,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         # A little apart, so that no interval hides another.
         places = [line["step"] + 0.15 * number for line in evaluated]
         axis.errorbar(
-            places, mean, yerr=[below, above], color=color, marker="o", capsize=3, label=name
+            places, mean, yerr=[below, above], fmt="o", color=color, capsize=3, label=name
         )
     axis.set_xlabel("step")
     axis.set_ylabel("share solved")
@@ -100,14 +101,10 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--table", type=Path, help="write the table there, as Markdown")
     parser.add_argument("--curve", type=Path, help="write the picture there, as SVG or PNG")
     args = parser.parse_args()
     runs = {name_of(folder): read_metrics(folder / "metrics.jsonl") for folder in args.runs}
-    text = table(runs)
-    print(text)
-    if args.table:
-        args.table.write_text(text)
+    print(table(runs))
     if args.curve:
         draw(runs, args.curve)
 
