@@ -24,7 +24,7 @@ from jaxreset.tasks.sums import SumsTask
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 GOOD = {
     "reward/mean": 0.4, "groups/with_signal": 3.0, "response/cut": 0.3, "response/answered": 0.6,
-    "response/steps": 3.0, "verifier/errors": 0, "verifier/timeouts": 0,
+    "response/steps": 3.0, "reset/answer_boxed": 0.7, "verifier/errors": 0, "verifier/timeouts": 0,
 }  # fmt: skip
 NOTHING = {"reward/mean": 0.0, "groups/with_signal": 0.0}
 SOLVED = {"step": 0, "eval/accuracy": 0.1, "eval/greedy_accuracy": 0.0}
@@ -42,6 +42,7 @@ def steps(*lines):
         ("cut", {"response/cut": 0.96}),
         ("unanswered", {"response/answered": 0.0}),
         ("one step", {"response/steps": 1.02}),
+        ("no step named", {"reset/answer_boxed": 0.04}),
         ("no signal", {"reward/mean": 1.0, "groups/with_signal": 0.0}),
         ("no signal", {"reward/mean": -1.0, "groups/with_signal": 0.0}),
     ],
@@ -88,6 +89,12 @@ def test_one_step_without_reward_is_enough_where_nothing_is_solved():
         ("no signal", {"reward/mean": 1.0}, {}, "reward 1.*harder problems"),
         ("no signal", {"reward/mean": 0.1}, {}, "reward 0.1.*easier problems"),
         ("one step", {"response/steps": 1.02}, {}, r"1.02 on average.*'\\n'.*Set task.delimiter"),
+        (
+            "no step named",
+            {"reset/answer_boxed": 0.02},
+            {},
+            "in 2% of .*localizer.mode=score.*tokens 48",
+        ),
         ("nothing solved", {"eval/answered": 0.02}, {}, "solved nothing: 2% .*: jaxreset prompt"),
         ("nothing solved", {"eval/cut": 0.97}, {}, "solved nothing: 97% .*max_response_tokens"),
     ],

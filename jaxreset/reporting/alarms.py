@@ -21,7 +21,14 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 # Training steps in a row after which an alarm sounds; no reward: one, after an evaluation without any.
-STEPS = {"no reward": 3, "cut": 3, "unanswered": 3, "one step": 3, "no signal": 10}
+STEPS = {
+    "no reward": 3,
+    "cut": 3,
+    "unanswered": 3,
+    "one step": 3,
+    "no step named": 5,
+    "no signal": 10,
+}
 NEARLY_ALL = 0.95
 ONE_STEP = 1.05  # or fewer, on average, are hardly worth a reset
 SHOWN_CHARACTERS = 600  # of a response
@@ -57,6 +64,7 @@ def kinds(history: Sequence[Record]) -> list[str]:
         "cut": lambda line: line.get("response/cut", 0.0) >= NEARLY_ALL,
         "unanswered": lambda line: line.get("response/answered", 1.0) <= 1 - NEARLY_ALL,
         "one step": lambda line: 0 < line.get("response/steps", 0.0) <= ONE_STEP,
+        "no step named": lambda line: line.get("reset/answer_boxed", 1.0) <= 1 - NEARLY_ALL,
         "no signal": lambda line: line["groups/with_signal"] == 0,
     }
 
@@ -94,6 +102,14 @@ def describe(kind: str, record: Record, ends: Counter[str], config: Config, task
             f"Nearly every response is one step ({record['response/steps']:.2f} on average), so a reset "
             f"goes back to the prompt: the policy doesn't write {task.delimiter!r}. Set task.delimiter to "
             "what stands between the steps that it writes, or show it some (task.examples)."
+        )
+    if kind == "no step named":
+        return (
+            "Asked for its first wrong step, the policy boxes a number in "
+            f"{record['reset/answer_boxed']:.0%} of its answers; else resets go to a step that it only "
+            "mentions, or to the first. Weigh every answer instead of having one written "
+            "(reset.localizer.mode=score), give it more room (reset.localizer.max_tokens "
+            f"{config.reset.localizer.max_tokens}), or reset at random (objective=rrpo)."
         )
     if kind == "no signal":
         reward = record["reward/mean"] or 0.0
