@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from decimal import Decimal
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_programs import tree_below
 
 from jaxreset.tasks.answers import (
     answers_equal,
@@ -540,7 +542,7 @@ def test_a_batch_with_hostile_answers():
     responses, rewards = map(list, zip(*(honest[n % 4] for n in range(256)), strict=True))
     for place, answer in zip(range(7, 256, 20), HOSTILE, strict=True):
         responses[place], rewards[place] = answer, 0
-    deadline = 20.0
+    deadline, before = 20.0, tree_below(os.getpid())
     workers = RewardWorkers(
         score_answer, cpu_seconds=0.5, wall_seconds=deadline, prepare=prepare_verifier
     )
@@ -549,11 +551,10 @@ def test_a_batch_with_hostile_answers():
         start = time.perf_counter()
         scores = workers.score([(problem, response) for response in responses])
         seconds = time.perf_counter() - start
-        processes = [worker.process for worker in workers._workers]
-        assert len(processes) == 2
+        assert len(tree_below(os.getpid()) - before) == 2
     np.testing.assert_array_equal(scores.rewards, rewards)
     assert seconds < 2 * deadline
-    assert all(process.poll() is not None for process in processes)
+    assert not tree_below(os.getpid()) - before
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K files are not at hand")

@@ -171,11 +171,12 @@ def test_segments_change_no_token(policies, make_sampler, monkeypatch, dtype, sl
             monkeypatch.setattr(schedule, "MIN_WINDOW", 16)  # windows of 16 and 32 slots
             monkeypatch.setattr(schedule, "MIN_LANES", 2)
             monkeypatch.setattr(schedule, "MIN_PREFIX", 16)  # 22 and 44 slots of a prefix
-            drawn = rounds(segmented)
-            for ours, theirs in zip(drawn, expected, strict=True):
+            for ours, theirs in zip(rounds(segmented), expected, strict=True):
                 assert_rounds_equal(ours, theirs, atol=atol)
-                assert ours.lane_steps <= theirs.lane_steps  # no less where all rows are long
-            assert sum(r.lane_steps for r in drawn) < sum(r.lane_steps for r in expected)
+                longest = theirs.lengths == theirs.lengths.max()
+                # A batch shrinks by half, so not where most rows go on until the end.
+                at_most = theirs.lane_steps - (2 * longest.sum() <= longest.size)
+                assert ours.lane_steps <= at_most
 
 
 @pytest.mark.parametrize("hold_cache", ["always", "never"])

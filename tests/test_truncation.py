@@ -31,10 +31,9 @@ def kept_by_sorting(weights: list[int], top_k: int, top_p: Fraction) -> list[boo
 @repeatable
 @given(st.data())
 def test_exactly_what_sorting_keeps(data):
-    """Weights and shares are sums of few powers of two, which floats add up without rounding."""
+    """Weights are multiples of 1/4096, shares of 1/64: floats add and multiply them without rounding."""
     weights = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=300).filter(any))
     top_k = data.draw(st.integers(0, 12) | st.integers(250, 310))
-    # Shares of a whole whose product with it is exact: multiples of 1/64.
     top_p = Fraction(data.draw(st.integers(1, 64)), 64)
     padded = np.zeros((1, 300), np.float32)
     padded[0, : len(weights)] = np.array(weights) / 4096
