@@ -125,13 +125,18 @@ def run_parts(
 
 def table(ratios: Mapping[str, float], repeats: int, packages: tuple[str, ...]) -> str:
     """The ratios in Markdown, with what they were measured on."""
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     lines = [
         "| measured | value |",
         "|---|--:|",
         *(f"| `{name}` | {value:.2f} |" for name, value in ratios.items()),
         "",
-        f"Medians of {repeats} interleaved turns; {platform.processor() or platform.machine()}, "
-        f"{os.cpu_count()} cores, Python {platform.python_version()}, {versions}, {TUNIX}.",
+        f"Medians of {repeats} interleaved turns; {measured_on(packages)}, {TUNIX}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def measured_on(packages: tuple[str, ...]) -> str:
+    """The machine, Python, and the versions of packages."""
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    machine = platform.processor() or platform.machine()
+    return f"{machine}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"

@@ -2,42 +2,48 @@
 
     python benchmarks/learning.py runs/grpo runs/srpo runs/ladder --curve FILE.svg
 
-The runs are those of `jaxreset train` with the same problems, sizes and machine; each row is named by the
-run's objective and its seed. The table is printed, in Markdown.
+The runs are those of `jaxreset train` with the same problems, sizes and machine, each named by its folder,
+up to its last evaluation. The table is printed, in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
+from common import measured_on
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from jaxreset.reporting.curve import mark_accuracy
 from jaxreset.run.folder import read_metrics
 
 PACKAGES = ("jax", "flax", "optax", "transformers")
 
-
-def name_of(folder: Path) -> str:
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    return f"{config['objective']}, seed {config['seed']}"
+Run = tuple[str, list[dict[str, Any]], list[dict[str, Any]]]  # name, metrics, its evaluations
 
 
-def table(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """A row for each run, in Markdown, and what they ran on."""
+def read_run(folder: Path) -> Run:
+    """A run up to its last evaluation; raises `ValueError` where there are fewer than two."""
+    history = read_metrics(folder / "metrics.jsonl")
+    evaluated = [line for line in history if line.get("eval/accuracy") is not None]
+    if len(evaluated) < 2:
+        raise ValueError(f"{folder}: it was evaluated {len(evaluated)} times; expected 2 or more")
+    return (
+        folder.name,
+        [line for line in history if line["step"] <= evaluated[-1]["step"]],
+        evaluated,
+    )
+
+
+def table(runs: list[Run]) -> str:
+    """A row for each run, in Markdown, and what this is run on."""
     lines = [
         "| run | steps | minutes | tokens | sampled accuracy (95%) | greedy accuracy | gained |",
         "|---|--:|--:|--:|---|---|--:|",
     ]
-    for name, history in runs.items():
-        first, *_, last = (line for line in history if "eval/accuracy" in line)
-        history = [line for line in history if line["step"] <= last["step"]]
+    for name, history, (first, *_, last) in runs:
         seconds = sum(line.get("seconds", 0) for line in history)
         tokens = sum(line.get("tokens_sampled", 0) for line in history)
         cells = [
@@ -50,12 +56,8 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
             f"{100 * (last['eval/accuracy'] - first['eval/accuracy']):+.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-    lines += [
-        "",
-        f"{last['eval/problems']:.0f} held-out problems; {platform.processor() or platform.machine()}, "
-        f"{os.cpu_count()} cores, Python {platform.python_version()}, {versions}.",
-    ]
+    problems = runs[0][2][-1]["eval/problems"]
+    lines += ["", f"{problems:.0f} held-out problems; {measured_on(PACKAGES)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -64,38 +66,27 @@ def _interval(line: dict[str, Any]) -> str:
     return f"{line['eval/accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def draw(runs: list[Run], path: Path) -> None:
     """Training reward of each step, thin, and held-out accuracy with its interval."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    for number, (name, history) in enumerate(runs.items()):
+    for number, (name, history, evaluated) in enumerate(runs):
         color = f"C{number}"
         trained = [line for line in history if line.get("reward/mean") is not None]
-        axis.plot(
-            [line["step"] for line in trained],
-            [line["reward/mean"] for line in trained],
-            color=color,
-            linewidth=1,
-            alpha=0.5,
-        )
-        evaluated = [line for line in history if line.get("eval/accuracy") is not None]
-        mean = [line["eval/accuracy"] for line in evaluated]
-        below = [m - line["eval/accuracy_low"] for m, line in zip(mean, evaluated, strict=True)]
-        above = [line["eval/accuracy_high"] - m for m, line in zip(mean, evaluated, strict=True)]
+        steps = [line["step"] for line in trained]
+        rewards = [line["reward/mean"] for line in trained]
+        axis.plot(steps, rewards, color=color, linewidth=1, alpha=0.5)
         # A little apart, so that no interval hides another.
         places = [line["step"] + 0.15 * number for line in evaluated]
-        axis.errorbar(
-            places, mean, yerr=[below, above], fmt="o", color=color, capsize=3, label=name
-        )
+        mark_accuracy(axis, places, evaluated, color=color, linestyle="none", label=name)
     axis.set_xlabel("step")
     axis.set_ylabel("share solved")
     axis.set_ylim(0, 1.02)
     axis.grid(alpha=0.3)
-    axis.legend(
-        loc="upper left", fontsize="small", title="held out, sampled; thin: training reward"
-    )
-    figure.savefig(path, metadata={"Date": None})
+    title = "held out, sampled; thin: training reward"
+    axis.legend(loc="upper left", fontsize="small", title=title)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main() -> None:
@@ -103,7 +94,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--curve", type=Path, help="write the picture there, as SVG or PNG")
     args = parser.parse_args()
-    runs = {name_of(folder): read_metrics(folder / "metrics.jsonl") for folder in args.runs}
+    try:
+        runs = [read_run(folder) for folder in args.runs]
+    except ValueError as error:
+        parser.error(str(error))
     print(table(runs))
     if args.curve:
         draw(runs, args.curve)

@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import measured_on
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
@@ -138,12 +137,9 @@ def table(rows: list[tuple[str, str, dict[str, float]]], numbers: int) -> str:
         cells += [f"{found['peak'] / size:.2f}", f"{found['seconds']:.0f}"]
         lines.append(f"| `{way}` | {dtype} | {' | '.join(cells)} |")
     packages = ("jax", "flax", "safetensors", "transformers")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    machine = platform.processor() or platform.machine()
     lines += [
         "",
-        f"One turn each, just after the files were written; {machine}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, {versions}.",
+        f"One turn each, just after the files were written; {measured_on(packages)}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -38,19 +39,9 @@ def draw_curve(history: Sequence[dict[str, Any]], path: Path, *, title: str = ""
             linewidth=1,
             label="reward of base rollouts",
         )
-        mean = [line["eval/accuracy"] for line in evaluated]
-        below = [m - line["eval/accuracy_low"] for m, line in zip(mean, evaluated, strict=True)]
-        above = [line["eval/accuracy_high"] - m for m, line in zip(mean, evaluated, strict=True)]
         places = [place(line["step"]) for line in evaluated]
-        axis.errorbar(
-            places,
-            mean,
-            yerr=[below, above],
-            color="tab:blue",
-            marker="o",
-            capsize=3,
-            label="held-out accuracy, sampled (95%)",
-        )
+        label = "held-out accuracy, sampled (95%)"
+        mark_accuracy(axis, places, evaluated, color="tab:blue", label=label)
         greedy = [line["eval/greedy_accuracy"] for line in evaluated]
         axis.plot(places, greedy, "--", color="tab:green", marker=".", label="greedy")
         axis.set_ylim(0, 1.02)
@@ -62,3 +53,13 @@ def draw_curve(history: Sequence[dict[str, Any]], path: Path, *, title: str = ""
     right.legend(loc="lower right", fontsize="small")
     figure.savefig(path, dpi=120)
     return path
+
+
+def mark_accuracy(
+    axis: Axes, places: Sequence[float], evaluated: Sequence[dict[str, Any]], **style: Any
+) -> None:
+    """Sampled accuracy of evaluations, with its 95% interval, at `places` on the axis."""
+    mean = [line["eval/accuracy"] for line in evaluated]
+    below = [m - line["eval/accuracy_low"] for m, line in zip(mean, evaluated, strict=True)]
+    above = [line["eval/accuracy_high"] - m for m, line in zip(mean, evaluated, strict=True)]
+    axis.errorbar(places, mean, yerr=[below, above], marker="o", capsize=3, **style)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxreset.sampling.truncation import least_kept
+from jaxreset.sampling.truncation import in_blocks, least_kept
 
 Array = jax.Array
 Leaf = Any  # of a pytree built on the host with numpy, and traced inside jit
@@ -130,8 +130,7 @@ def invert_cdf(weights: Array, uniforms: Array) -> Array:
     """
     size = weights.shape[-1]
     block = math.isqrt(size - 1) + 1
-    spare = [(0, 0)] * (weights.ndim - 1) + [(0, -size % block)]
-    blocks = jnp.pad(weights, spare).reshape(*weights.shape[:-1], -1, block)
+    blocks = in_blocks(weights, block)
 
     def pick(weights: Array, uniform: Array) -> Array:
         sums = jnp.cumsum(weights, axis=-1)

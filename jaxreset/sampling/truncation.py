@@ -10,7 +10,7 @@ import numpy as np
 
 Array = jax.Array
 
-LANES = 128  # sums run over the rows of [n, 128] blocks, which every backend does in vectors
+BLOCK = 128  # sums run over the rows of [n, 128] blocks, which every backend does in vectors
 
 
 def least_kept(probabilities: Array, top_k: Array, top_p: Array) -> tuple[Array, Array]:
@@ -28,7 +28,7 @@ def least_kept(probabilities: Array, top_k: Array, top_p: Array) -> tuple[Array,
     Returns:
       `[...]` the least probability that is kept, at most the largest one, and the sum of all that are.
     """
-    blocks = _in_blocks(probabilities)
+    blocks = in_blocks(probabilities, BLOCK)
     most = probabilities.max(axis=-1)
 
     def mass(least: Array) -> Array:
@@ -79,10 +79,10 @@ def _first_below(measure: Callable[[Array], Array], bound: Array, most: Array) -
     return value(interval[1])
 
 
-def _in_blocks(values: Array) -> Array:
-    """`[..., V]` -> `[..., n, LANES]`, with zeros behind the last."""
-    spare = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % LANES)]
-    return jnp.pad(values, spare).reshape(*values.shape[:-1], -1, LANES)
+def in_blocks(values: Array, block: int) -> Array:
+    """`[..., V]` -> `[..., n, block]`, with zeros behind the last."""
+    spare = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % block)]
+    return jnp.pad(values, spare).reshape(*values.shape[:-1], -1, block)
 
 
 def _sum(blocks: Array) -> Array:
