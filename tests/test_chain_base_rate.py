@@ -115,6 +115,11 @@ def test_a_prediction_is_a_probability_and_strictness_never_raises_it(task, gree
 def test_what_the_documentation_says_of_the_dial():
     rows = re.findall(r"^\| `(\{.*?\})`.* \| (\S+)% \| (\S+)% \|$", TASKS.read_text(), re.MULTILINE)
     assert len(rows) == 7
+    quickstart = re.search(r"^\| `(\{.*?\})` \(the quickstart\)", TASKS.read_text(), re.MULTILINE)
+    assert (
+        yaml.safe_load(quickstart[1]) | {"name": "chain"}
+        == yaml.safe_load(QUICKSTART.read_text())["task"]
+    )
     for written, *said in rows:
         task = ChainTask(**yaml.safe_load(written))
         for share, greedy in zip(said, (False, True), strict=True):
