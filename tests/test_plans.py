@@ -395,6 +395,24 @@ def test_the_papers_configs_are_its_setting(file):
     assert (config.loss.clip, config.loss.dual_clip, config.loss.aggregation) == clips
 
 
+@pytest.mark.parametrize("name", [f.stem for f in PAPER if "_numina_" in f.stem])
+def test_the_papers_two_data_sets_run_the_same_programs(name):
+    """So that a plan of one is a plan of the other."""
+    pytest.importorskip("libtpu")
+    one, other = (
+        make_case(
+            load_config(CONFIGS / "paper" / f"{name.replace('numina', data)}.yaml"),
+            slice_of("v5e:16x16"),
+        )
+        for data in ("numina", "lcb")
+    )
+    assert one.shapes.pack == other.shapes.pack
+    assert one.decoded == other.decoded
+    assert one.prefilled == other.prefilled
+    assert one.shapes.forks == other.shapes.forks
+    assert one.subject.model == other.subject.model
+
+
 def run_plan(*arguments):
     result = CliRunner().invoke(cli.app, ["plan", str(CONFIGS / "quickstart.yaml"), *arguments])
     assert result.exit_code == 0, result.output
