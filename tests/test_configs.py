@@ -16,6 +16,7 @@ GIVEN = {
     "gsm8k.yaml": ["model.path=folder", "data.path=train.jsonl"],
     "smollm2_sums.yaml": ["model.path=folder"],
     "gym.yaml": ["model.path=folder"],
+    "smollm2_gym.yaml": ["model.path=folder"],
 }
 TABLE = (PAPER / "README.md").read_text(encoding="utf-8")
 ABLATIONS = re.findall(r"^\| (\w+) \| `(\S+)` \|", TABLE, re.MULTILINE)
