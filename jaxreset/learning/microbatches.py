@@ -87,11 +87,16 @@ def pack_shapes(
 
     >>> [tuple(shape) for shape in pack_shapes(8, 100, 50, tokens=10_000)]
     [(20, 8, 100, 50), (2, 8, 100, 50), (19, 8, 125, 50), (2, 8, 125, 50)]
+    >>> [tuple(shape) for shape in pack_shapes(8, 100, 50, tokens=500)]
+    [(1, 8, 100, 50)]
     """
     shapes = []
     widths = (max(prefix, int(share * lanes * slots)) for share in PREFIX_SHARES)
     for width in dict.fromkeys(-(-width // multiple) * multiple for width in widths):
-        bins = max(tokens // ((width + lanes * slots) * shards), 1)
+        bins = tokens // ((width + lanes * slots) * shards)
+        if bins == 0 and shapes:
+            continue  # the other kind holds all groups, in fewer slots
+        bins = max(bins, 1)
         few = max(bins // 8, 1)
         shapes += [PackShape(n * shards, lanes, width, slots) for n in dict.fromkeys((bins, few))]
     return shapes
