@@ -147,8 +147,9 @@ def test_sizes_of_microbatches_are_within_the_budget_and_divide_over_the_shards(
     assert max(s.bins * (s.prefix + s.lanes * s.slots) for s in shapes) <= 50_000
     # A long prefix leaves one width, and a small budget one size: a bin for each shard.
     assert pack_shapes(8, 200, 50, tokens=10, shards=4) == [PackShape(4, 8, 200, 50)]
-    # A wider kind of bin of which not one fits would only take memory.
+    # A wider bin than fits would only take memory, so where none does the least is taken.
     assert pack_shapes(8, 100, 50, tokens=2000, shards=4) == [PackShape(4, 8, 100, 50)]
+    assert pack_shapes(8, 100, 200, tokens=2000, shards=4) == [PackShape(4, 8, 100, 200)]
 
 
 def grade_school_groups(rng, count, *, resets):

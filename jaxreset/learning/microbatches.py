@@ -87,16 +87,14 @@ def pack_shapes(
 
     >>> [tuple(shape) for shape in pack_shapes(8, 100, 50, tokens=10_000)]
     [(20, 8, 100, 50), (2, 8, 100, 50), (19, 8, 125, 50), (2, 8, 125, 50)]
-    >>> [tuple(shape) for shape in pack_shapes(8, 100, 50, tokens=500)]
-    [(1, 8, 100, 50)]
+    >>> [tuple(shape) for shape in pack_shapes(8, 100, 200, tokens=500)]
+    [(1, 8, 100, 200)]
     """
-    shapes = []
-    widths = (max(prefix, int(share * lanes * slots)) for share in PREFIX_SHARES)
-    for width in dict.fromkeys(-(-width // multiple) * multiple for width in widths):
-        bins = tokens // ((width + lanes * slots) * shards)
-        if bins == 0 and shapes:
-            continue  # the other kind holds all groups, in fewer slots
-        bins = max(bins, 1)
+    shapes, room = [], tokens // shards - lanes * slots
+    shares = (max(prefix, int(share * lanes * slots)) for share in (0, *PREFIX_SHARES))
+    least, *wanted = (-(-width // multiple) * multiple for width in shares)
+    for width in dict.fromkeys([width for width in wanted if width <= room] or [least]):
+        bins = max(tokens // ((width + lanes * slots) * shards), 1)
         few = max(bins // 8, 1)
         shapes += [PackShape(n * shards, lanes, width, slots) for n in dict.fromkeys((bins, few))]
     return shapes
