@@ -16,12 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors.numpy import save_file
+from transformers import AutoTokenizer
 
+from jaxreset.models import huggingface
 from jaxreset.models.block import DecoderConfig
+from jaxreset.models.config_json import config_json
 from jaxreset.models.decoder import Decoder
 from jaxreset.models.policy import Policy
+from jaxreset.tasks.chain import TOKENIZER
 
 TUNIX = "google-tunix==0.1.7"
 HERE = Path(__file__).parent
@@ -38,6 +44,34 @@ def new_policy(sizes: dict[str, int] = SIZES) -> Policy:
     graph, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
     tokenizer: Any = None
     return Policy(graph, params, config, tokenizer, eos_ids=())
+
+
+def write_checkpoint(folder: Path, config: DecoderConfig, *, shards: int) -> int:
+    """A policy's folder with normal numbers in files of about equal size; returns how many numbers."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        name: tensor.shape
+        for tensor in huggingface.tensor_table(config)
+        for name in tensor.names(config.layers)
+    }
+    total = sum(map(np.prod, shapes.values()))
+    placed: dict[str, str] = {}
+    shard: dict[str, np.ndarray] = {}
+    written = 0
+    for name, shape in shapes.items():
+        numbers = rng.standard_normal(shape, np.float32)
+        shard[name] = (numbers * np.float32(0.02)).astype(jnp.bfloat16)
+        done = sum(array.size for array in shard.values()) + written
+        number = len(set(placed.values())) + 1
+        if done * shards >= number * total:
+            file = f"model-{number:05}-of-{shards:05}.safetensors"
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            placed |= dict.fromkeys(shard, file)
+            shard, written = {}, done
+    huggingface.write_json(folder / huggingface.INDEX, {"weight_map": placed})
+    huggingface.write_json(folder / huggingface.CONFIG, config_json(config))
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    return int(total)
 
 
 class Tunix:

@@ -21,18 +21,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from common import measured_on
-from safetensors.numpy import save_file
-from transformers import AutoTokenizer
+from common import measured_on, write_checkpoint
 
-from jaxreset.models import huggingface
 from jaxreset.models.block import DecoderConfig
-from jaxreset.models.config_json import config_json
 from jaxreset.models.placement import param_shardings
 from jaxreset.models.policy import load_policy
 from jaxreset.parallel import make_mesh
-from jaxreset.tasks.chain import TOKENIZER
 
 CONFIG = DecoderConfig(
     vocab=151_936,
@@ -48,34 +42,6 @@ CONFIG = DecoderConfig(
 )
 SHARDS, MESH = 5, (1, 4, 2)
 CASES = [("straight", "bfloat16"), ("whole", "bfloat16"), ("straight", "float32")]
-
-
-def write_checkpoint(folder: Path) -> int:
-    """Tensors of normal numbers in shards of about equal size; returns how many numbers."""
-    rng = np.random.default_rng(0)
-    shapes = {
-        name: tensor.shape
-        for tensor in huggingface.tensor_table(CONFIG)
-        for name in tensor.names(CONFIG.layers)
-    }
-    total = sum(map(np.prod, shapes.values()))
-    placed: dict[str, str] = {}
-    shard: dict[str, np.ndarray] = {}
-    written = 0
-    for name, shape in shapes.items():
-        numbers = rng.standard_normal(shape, np.float32)
-        shard[name] = (numbers * np.float32(0.02)).astype(jnp.bfloat16)
-        done = sum(array.size for array in shard.values()) + written
-        number = len(set(placed.values())) + 1
-        if done * SHARDS >= number * total:
-            file = f"model-{number:05}-of-{SHARDS:05}.safetensors"
-            save_file(shard, folder / file, metadata={"format": "pt"})
-            placed |= dict.fromkeys(shard, file)
-            shard, written = {}, done
-    huggingface.write_json(folder / huggingface.INDEX, {"weight_map": placed})
-    huggingface.write_json(folder / huggingface.CONFIG, config_json(CONFIG))
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
-    return int(total)
 
 
 def load(folder: str, way: str, dtype: str) -> dict[str, float]:
@@ -154,7 +120,7 @@ def main() -> None:
         print(json.dumps(load(*args.load)))
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        numbers = write_checkpoint(Path(folder))
+        numbers = write_checkpoint(Path(folder), CONFIG, shards=SHARDS)
         rows = [(*case, in_fresh_process(folder, *case)) for case in CASES]
     text = HEADER.format(numbers=numbers / 1e9) + table(rows, numbers)
     print(text)

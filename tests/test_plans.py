@@ -208,14 +208,13 @@ def test_caches_are_those_of_the_rounds_that_are_held_and_the_one_that_is_drawn(
     longer = ["sampling.max_response_tokens=96", "sampling.hold_cache=never"]
     wide = make_case(small_config(*longer), slice_in(GIB))
     page = 21 * 96
-    # Some may still stand in their places, half as wide.
-    assert most_bytes(wide) == slot * (104 + 2 * 96 + 4 * 48 + page + 104)
-    # Lanes for 32 of 64 rows, 2 to a group, beside lanes of 4 to a group and a page of those that wait.
+    assert most_bytes(wide) == slot * (104 + (2 * 96 + 104) + page)
+    # Lanes for 32 of 64 rows, with a copy of their first half; fewer lanes, and a page of those that wait.
     few = make_case(
         small_config(*longer, "train.prompts_per_step=16", "sampling.slots=32"), slice_in(GIB)
     )
     page = 42 * 48
-    assert most_bytes(few) == slot * (2 * 104 + 2 * (4 * 96) + 2 * 104 + page)
+    assert most_bytes(few) == slot * (2 * 104 + (4 * 96 + 4 * 48 + 104) + 2 * 96 + page)
 
 
 def test_groups_that_are_cut_keep_their_prefix_in_each_part():
@@ -497,8 +496,9 @@ def tpu_case(folder):
 
 def test_a_decoding_step_on_a_tpu_gathers_neither_weights_nor_caches(tmp_path):
     case = tpu_case(tmp_path)
-    text = ahead.decode(case.subject, case.lanes).lower().compile().as_text()
-    c, lanes = case.subject.model, case.lanes
+    part, lanes = case.lanes
+    text = ahead.decode(case.subject, part, lanes).lower().compile().as_text()
+    c = case.subject.model
     inside = [x for x in collectives(text) if x.looping]
     assert any(x.kind == "all-reduce" for x in inside)  # of what the heads add up to
     # On a device: a key-value head's projection, and one head's keys of one layer.

@@ -11,7 +11,7 @@ import pytest
 from jaxreset.models.decoder import KV
 from jaxreset.parallel import cache_sharding, make_mesh, rows_sharding
 from jaxreset.parallel.topology import slice_of
-from jaxreset.sampling.stores import Moved, fork, load, save, take
+from jaxreset.sampling.stores import fork, lay, lift
 
 COLLECTIVE = re.compile(
     r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\S*\("
@@ -47,22 +47,17 @@ PROGRAMS = {
         (store(GROUPS, slots=PREFIX), store(GROUPS, ROWS, slots=WINDOW), n(GROUPS), n(16), (n(16), n(16))),
         {"size": PREFIX + WINDOW},
     ),
-    "take": lambda store, n: (take.lower, (store(GROUPS, slots=PREFIX), n(4), None), {"size": 16}),
-    "load": lambda store, n: (
-        load.lower,
-        (store(32, 1, slots=WINDOW), store(4, ROWS, slots=WINDOW), moved(n)),
-        {},
+    "lift": lambda store, n: (
+        lift.lower,
+        (store(4, ROWS, slots=WINDOW), (n(32), n(32))),
+        {"size": 2 * WINDOW},
     ),
-    "save": lambda store, n: (
-        save.lower,
-        (store(32, 1, slots=WINDOW), store(4, ROWS, slots=WINDOW), moved(n)),
+    "lay": lambda store, n: (
+        lay.lower,
+        (store(4, ROWS, slots=WINDOW), store(32, 1, slots=2 * WINDOW), (n(32), n(32)), n(32, jnp.bool_)),
         {},
     ),
 }  # fmt: skip
-
-
-def moved(numbers):
-    return Moved((numbers(32), numbers(32)), (numbers(32), numbers(32)), numbers(32, jnp.bool_))
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

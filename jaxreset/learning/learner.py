@@ -30,6 +30,7 @@ from jaxreset.learning.update import (
 from jaxreset.models.adapters import trained
 from jaxreset.models.policy import Policy
 from jaxreset.parallel import put, rows_sharding
+from jaxreset.parallel.compiling import Compile, SideBySide
 
 
 class TrainProgress(NamedTuple):
@@ -157,14 +158,18 @@ class Learner:
         params = nnx.merge_state(self.state.params, self._frozen)
         return self._policy.with_params(params, self.progress.version)
 
-    def compile(self) -> None:
-        """Compiles the update in all its shapes, without running it."""
+    def compile(self, compiled: Compile | None = None) -> None:
+        """Compiles the update in all its shapes, without running it; see `Sampler.compile`."""
+        if compiled is None:
+            with SideBySide() as compiled:
+                return self.compile(compiled)
         self.state = filled(self.state)
         params, gradients = self.state.params, self.state.gradients
         for shape in self.shapes:
             plain = self._put(empty_batch(shape))
             batch = self._completed(plain)
-            accumulate.lower(
+            compiled(
+                accumulate,
                 gradients,
                 params,
                 self._frozen,
@@ -173,12 +178,12 @@ class Learner:
                 form=self.form,
                 layout=self._gradient_layout,
                 **self._static,
-            ).compile()
+            )
         smallest = self._frozen, plain, self.temperature
-        measure.lower(params, *smallest, **self._static).compile()
+        compiled(measure, params, *smallest, **self._static)
         static = {"optimizer": self.optimizer, "layout": self._layout}
-        apply.lower(self.state, np.float32(1), np.int32(0), **static).compile()
-        learning_rate.lower(np.int32(0), np.int32(0), settings=self.settings.optimizer).compile()
+        compiled(apply, self.state, np.float32(1), np.int32(0), **static)
+        compiled(learning_rate, np.int32(0), np.int32(0), settings=self.settings.optimizer)
         self._rest()
 
     def learn(self, groups: Sequence[Group], prompts: int) -> dict[str, float]:

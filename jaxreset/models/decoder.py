@@ -264,7 +264,6 @@ class Decoder(nnx.Module):
         prefix_size = prefix[0].keys.shape[-1]
         here = standing or self.standing(slots, prefix_lengths, size, prefix_size)
         whole = View(here.turn, here.mask, existing(prefix_lengths, prefix_size))
-        group, row = jnp.indices(tokens.shape)
 
         def layer(
             stack: Block,
@@ -274,22 +273,11 @@ class Decoder(nnx.Module):
             carry: tuple[Array, KV],
         ) -> tuple[Array, KV]:
             x, cache = carry
-            block = _take_layer(stack, index)
-            turn, mask, seen = view_of_layer(windowed, index, whole, here.inside)
-            query, key, value = block.project(x, turn)
-            # Written per row: TPU copies a cache that is written at one shared slot.
-            keys = cache.keys.at[index, group, row, :, :, slots].set(key[:, :, 0])
-            values = cache.values.at[index, group, row, :, slots].set(value[:, :, 0])
-            attended = attend(
-                query,
-                keys[index],
-                values[index],
-                mask,
-                shared.keys[index],
-                shared.values[index],
-                seen,
+            view = view_of_layer(windowed, index, whole, here.inside)
+            graph, params = nnx.split(stack)
+            return _decode_layer(
+                params, shared, index, x, cache, slots, view, graph=graph, attend=attend
             )
-            return block.combine(x, attended), KV(keys, values)
 
         x, written = self.embed[tokens][:, :, None], []  # [N, K, 1, E]
         kinds = windowed_layers(self.config, len(self.stacks))
@@ -329,9 +317,37 @@ class Decoder(nnx.Module):
         return carry, tuple(made)
 
 
-def _take_layer(stack: Block, index: Array | int) -> Block:
-    graph, stacked = nnx.split(stack)
-    return nnx.merge(graph, jax.tree.map(lambda p: p[index], stacked))
+# Of its own, so that layers which are unrolled are traced once.
+@functools.partial(jax.jit, static_argnames=("graph", "attend"))
+def _decode_layer(
+    params: nnx.State,
+    shared: KV,
+    index: Array | int,
+    x: Array,
+    cache: KV,
+    slots: Array,
+    view: View,
+    *,
+    graph: nnx.GraphDef[Block],
+    attend: Attend,
+) -> tuple[Array, KV]:
+    """A layer of `Decoder.decode`: the one of that index in its stack."""
+    block = nnx.merge(graph, jax.tree.map(lambda p: p[index], params))
+    group, row = jnp.indices(slots.shape)
+    query, key, value = block.project(x, view.turn)
+    # Written per row: TPU copies a cache that is written at one shared slot.
+    keys = cache.keys.at[index, group, row, :, :, slots].set(key[:, :, 0])
+    values = cache.values.at[index, group, row, :, slots].set(value[:, :, 0])
+    attended = attend(
+        query,
+        keys[index],
+        values[index],
+        view.mask,
+        shared.keys[index],
+        shared.values[index],
+        view.prefix_mask,
+    )
+    return block.combine(x, attended), KV(keys, values)
 
 
 def _self_attend(

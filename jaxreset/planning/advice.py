@@ -11,13 +11,13 @@ from jaxreset.config import Config
 from jaxreset.config_file import parse_config
 from jaxreset.errors import ConfigError
 from jaxreset.parallel import data_shards
-from jaxreset.planning import ahead
 from jaxreset.planning.footprint import (
     Case,
     Phase,
     Program,
     Say,
-    compile_program,
+    compile_decode,
+    decode_sizes,
     make_case,
     phases,
 )
@@ -100,8 +100,8 @@ def _changes(case: Case, phase: str) -> Iterator[dict[str, Any]]:
     if phase == "sampling":
         if case.shapes.forks and config.sampling.hold_cache != "never":
             yield {"sampling.hold_cache": "never"}
-        rows = case.lanes.groups * case.lanes.rows
-        least = case.lanes.rows * data_shards(mesh)
+        _, lanes = case.lanes
+        rows, least = lanes.groups * lanes.rows, lanes.rows * data_shards(mesh)
         for slots in dict.fromkeys((max(rows // 2, least), least)):
             if slots < rows:
                 yield {"sampling.slots": slots}
@@ -192,9 +192,8 @@ def largest_slots(case: Case, programs: Sequence[Program], say: Say) -> Largest 
         ]
         if phases(other, others)["sampling"].over > 0:
             return -1  # whatever decoding needs
-        known = [p for p in programs if p.name == "decode" and p.sizes == tuple(other.lanes)]
-        call = ahead.decode(other.subject, other.lanes)
-        drawn = known[0] if known else compile_program("decode", other.lanes, call, say)
+        known = [p for p in programs if p.name == "decode" and p.sizes == decode_sizes(other)]
+        drawn = known[0] if known else compile_decode(other, say)
         return -1 if drawn.refused else -phases(other, [*others, drawn])["sampling"].over
 
     most, beyond, left = 0, max(case.config.train.prompts_per_step // shards, 1), 0

@@ -156,19 +156,20 @@ def prefill(subject: Subject, shape: Shape) -> Call:
     return Call(decoding.prefill, (subject.decoding, tokens), static)
 
 
-def decode(subject: Subject, lanes: LaneShape) -> Call:
-    """The decoding loop of some lanes."""
+def decode(subject: Subject, part: Shape, lanes: LaneShape) -> Call:
+    """The decoding loop of some lanes of a part of a round."""
     one = np.int32(1)
     limits = Limits(one, one, one, one, np.zeros(1, np.int32))
     draws = Draws(np.float32(1), np.float32(1), one, one, *np.zeros(3, np.uint32))
     args = (
         subject.decoding,
-        prefix_store(subject, lanes.groups, lanes.prefix),
-        own_store(subject, *lanes.own),
-        _all_at(idle_lanes(lanes), subject.rows),
+        prefix_store(subject, part.groups, part.prefix),
+        own_store(subject, lanes.groups, lanes.rows, part.suffix),
+        _all_at(idle_lanes(lanes, in_place=lanes[:2] == part[:2]), subject.rows),
         *_all_at((subject.automaton, limits, draws, one), subject.whole),
     )
-    return Call(decoding.decode, args, {"graph": subject.decoding_graph, "mesh": subject.mesh})
+    static = {"graph": subject.decoding_graph, "window": lanes.window, "mesh": subject.mesh}
+    return Call(decoding.decode, args, static)
 
 
 def fork(subject: Subject, parent: Shape, child: Shape) -> Call:

@@ -127,15 +127,20 @@ class Case:
         return [shape for shape in named if shape not in gathered]
 
     @property
-    def decoded(self) -> set[LaneShape]:
-        """Lanes of all rounds: as many decoding programs."""
+    def decoded(self) -> set[tuple[Shape, LaneShape]]:
+        """Parts of all rounds and their lanes: as many decoding programs."""
         parts = map(self.memory.part, caches.rounds(self.config, self.shapes))
-        return {lanes for part in parts for lanes in self.memory.lanes(part)}
+        return {(part, lanes) for part in parts for lanes in self.memory.lanes(part)}
 
     @property
-    def lanes(self) -> LaneShape:
-        """Of all rounds' lanes, those that attend to most slots."""
-        return max(self.decoded, key=lambda at: at.groups * (at.prefix + at.rows * at.window))
+    def lanes(self) -> tuple[Shape, LaneShape]:
+        """Of all rounds' lanes, those that attend to most slots, and their part of a round."""
+
+        def slots(of: tuple[Shape, LaneShape]) -> int:
+            part, at = of
+            return at.groups * (part.prefix + at.rows * at.window)
+
+        return max(self.decoded, key=slots)
 
     @property
     def memory(self) -> RoundMemory:
@@ -186,7 +191,7 @@ def compiled(case: Case, say: Say) -> Iterator[Program]:
     drawn = [memory.part(shape) for shape in case.prefilled]
     longest = max(drawn, key=lambda s: s.groups * s.prefix)
     yield compile_program("prefill", longest[::2], ahead.prefill(subject, longest), say)
-    yield compile_program("decode", case.lanes, ahead.decode(subject, case.lanes), say)
+    yield compile_decode(case, say)
     kept = caches.held(memory, shapes)
     if forks := [(parent, child) for parent, child in shapes.forks if parent in kept]:
         parent, child = map(memory.part, max(forks))
@@ -215,7 +220,7 @@ def estimated(case: Case) -> list[Program]:
     model, pack = case.subject.model, case.pack
     prefixes = [case.memory.part(shape) for shape in case.prefilled]
     shards = data_shards(case.subject.mesh)
-    lanes = max(at.groups * at.rows for at in case.decoded)
+    lanes = max(at.groups * at.rows for _, at in case.decoded)
     gradients = device_bytes_of(case.subject.state.gradients)
     passes = activations.update_bytes(
         model,
@@ -317,6 +322,18 @@ def _sizes(config: Config) -> DecoderConfig:
 
     vocab = len(AutoTokenizer.from_pretrained(TOKENIZER))
     return fresh_sizes(config, vocab)
+
+
+def decode_sizes(case: Case) -> tuple[int, ...]:
+    """Of the largest decoding program: groups, rows, slots of a row, and of a prefix."""
+    part, lanes = case.lanes
+    return *lanes, part.prefix
+
+
+def compile_decode(case: Case, say: Say) -> Program:
+    """The largest decoding program."""
+    call = ahead.decode(case.subject, *case.lanes)
+    return compile_program("decode", decode_sizes(case), call, say)
 
 
 def compile_program(name: str, sizes: tuple[int, ...], call: Call, say: Say) -> Program:

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxreset.models.encoding import continuation_tokens
 from jaxreset.models.policy import Policy
+from jaxreset.parallel.compiling import Compile
 from jaxreset.resets.rules import Failure
 from jaxreset.sampling.dealing import together
 from jaxreset.sampling.rounds import Snapshot, Stream
@@ -53,9 +54,9 @@ class PolicyLocalizer:
             self._draw["top_k"] = top_k
         self._encode = asking.inline_question if inline else asking.question
 
-    def compile(self, policy: Policy) -> None:
-        """Compiles all that a call needs."""
-        self.sampler.compile(policy)
+    def compile(self, policy: Policy, compiled: Compile | None = None) -> None:
+        """Compiles all that a call needs; see `Sampler.compile`."""
+        self.sampler.compile(policy, compiled)
 
     def __call__(
         self, policy: Policy, failures: Sequence[Failure], ends: Sequence[Snapshot]
@@ -115,9 +116,9 @@ class ScoringLocalizer:
         answers = [continuation_tokens(asking.tokenizer, box) for box in boxes]
         self._weigher = Weigher(answers, batch=batch, question_limit=question_limit)
 
-    def compile(self, policy: Policy) -> None:
-        """Compiles all that a call needs."""
-        self._weigher.compile(policy)
+    def compile(self, policy: Policy, compiled: Compile | None = None) -> None:
+        """Compiles all that a call needs; see `Sampler.compile`."""
+        self._weigher.compile(policy, compiled)
 
     def __call__(
         self, policy: Policy, failures: Sequence[Failure], ends: Sequence[Snapshot]

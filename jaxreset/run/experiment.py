@@ -30,6 +30,7 @@ from jaxreset.learning.learner import Learner
 from jaxreset.models.adapters import trained
 from jaxreset.models.policy import Policy
 from jaxreset.parallel import data_shards
+from jaxreset.parallel.compiling import Compile, SideBySide
 from jaxreset.planning.shapes import choose_mesh, run_shapes
 from jaxreset.resets.collect import Collected, Collector
 from jaxreset.run.compiles import LARGE_PROCESS, trim
@@ -217,15 +218,16 @@ class Experiment:
 
     def compile(self) -> None:
         """Compiles all that steps and evaluations will need; without it each does when first needed."""
-        self.learner.compile()
-        self.compile_sampling(self.policy)
+        with SideBySide() as compiled:
+            self.compile_sampling(self.policy, compiled)
+            self.learner.compile(compiled)
         self.set_advantages([])  # padded, so that it compiles once
 
-    def compile_sampling(self, policy: Policy) -> None:
-        """Compiles all that sampling, asking and evaluating will need."""
-        self.sampler.compile(policy)
+    def compile_sampling(self, policy: Policy, compiled: Compile | None = None) -> None:
+        """Compiles all that sampling, asking and evaluating will need; see `Sampler.compile`."""
+        self.sampler.compile(policy, compiled)
         if self.collector.localizer is not None:
-            self.collector.localizer.compile(policy)
+            self.collector.localizer.compile(policy, compiled)
 
     def prompts(self, count: int | None = None) -> list[Prompt]:
         """The next prompts of the shuffled source; None: as many as a step takes."""

@@ -2,7 +2,7 @@
 
     prefill   prompts [N, P]                      ─▶ prefix store: N times P slots
     extend    a prefix store, tokens [N, Q]       ─▶ prefix store with their slots filled
-    decode    lanes' prefixes and own slots       ─▶ more tokens a lane, own slots: M × K' times W
+    decode    prefixes and lanes' own slots       ─▶ more tokens a lane, own slots: M × K' times S
 
 A prefix of p tokens has p - 1 slots in its store: the last token is fed again by every row, into the
 row's slot 0. So a prompt and a reset state start in the same way, and prefill needs no logits.
@@ -27,7 +27,7 @@ from jaxreset.models.attention import Attend, attend_by_heads, shared_prefix_att
 from jaxreset.models.decoder import Decoder, Standing, Store
 from jaxreset.parallel import DATA_AXES, replicated
 from jaxreset.sampling.rounds import StopReason
-from jaxreset.sampling.stores import constrain, fork
+from jaxreset.sampling.stores import constrain, fork, slots_of, taken, with_slots
 from jaxreset.sampling.tokens import Draws, draw_token, draw_token_apart, row_keys, row_uniforms
 from jaxreset.steps import Progress, StepAutomaton, advance
 
@@ -53,6 +53,7 @@ class Limits(NamedTuple):
 class Lanes(NamedTuple):
     """Rows of a round that decode together: M groups of K lanes that share a prefix.
 
+    groups: [M] whose prefixes they share; None: of all groups, each in its place.
     prefix_lengths: [M] tokens of the prefix.  ids: [M] the prompt's global index.
     used: [M] kept tokens of the response, at the end of the prefix.
     numbers: [M, K] the row's number among its prompt's rows of this phase.
@@ -60,6 +61,7 @@ class Lanes(NamedTuple):
     progress: [M, K] of the response.  live: [M, K] False for lanes without a row.
     """
 
+    groups: Leaf | None
     prefix_lengths: Leaf
     ids: Leaf
     used: Leaf
@@ -121,10 +123,10 @@ def extend(
     return fork(prefix, added, prefix_lengths, groups, cells, size=size, mesh=mesh)
 
 
-@partial(jax.jit, static_argnames=("graph", "mesh"), donate_argnames="own")
+@partial(jax.jit, static_argnames=("graph", "window", "mesh"), donate_argnames="own")
 def decode(
     params: nnx.State,
-    shared: Store,
+    prefix: Store,
     own: Store,
     lanes: Lanes,
     automaton: StepAutomaton,
@@ -133,25 +135,27 @@ def decode(
     leave: Leaf,
     *,
     graph: nnx.GraphDef,
+    window: int,
     mesh: Mesh | None = None,
 ) -> tuple[Drawn, Store]:
     """Advances lanes until at most `leave` of them can go on; the others have ended or filled the window.
 
     Args:
       params: the decoder's.
-      shared, own: the lanes' prefixes, M × P slots, and their own, M × K × W slots; `own` is donated.
-        No live lane has more than W tokens.
+      prefix: the round's, N × P slots.
+      own: the lanes', M × K × S slots; donated.
       lanes: M groups of K.
       automaton, limits, draws: when rows end, and how tokens are drawn.
       leave: lanes that may be left able to go on.
+      window: W, the slots of a lane that it attends to and fills. No live lane has more tokens.
       mesh: that the stores lie on. Its data shards decode side by side, and exchange nothing but how many
         lanes can go on.
 
     Returns:
       What was drawn, and `own` with the keys and values of all tokens that were fed.
     """
-    args = params, shared, own, lanes, automaton, limits, draws, leave
-    on_shard = partial(_decode, graph=graph, mesh=mesh)
+    args = params, prefix, own, lanes, automaton, limits, draws, leave
+    on_shard = partial(_decode, graph=graph, window=window, mesh=mesh)
     if mesh is None:
         return on_shard(*args)
     whole, split, stored = PartitionSpec(), PartitionSpec(DATA_AXES), PartitionSpec(None, DATA_AXES)
@@ -169,8 +173,8 @@ def decode(
 
 def _decode(
     params: nnx.State,
-    shared: Store,
-    own: Store,
+    prefix: Store,
+    whole: Store,
     lanes: Lanes,
     automaton: StepAutomaton,
     limits: Limits,
@@ -178,11 +182,14 @@ def _decode(
     leave: Leaf,
     *,
     graph: nnx.GraphDef,
+    window: int,
     mesh: Mesh | None,
 ) -> tuple[Drawn, Store]:
     """`decode` on one data shard of the mesh, or on the only device."""
     model: Decoder = nnx.merge(graph, params)
-    head, window = model.head, own[0].keys.shape[-1]
+    head, shared = model.head, taken(prefix, lanes.groups)
+    narrow = window < whole[0].keys.shape[-1]
+    own = slots_of(whole, window) if narrow else whole  # copied once and not at every token
     shape = lanes.live.shape
     keys = row_keys(draws, lanes.ids, lanes.numbers)
     used = lanes.used[:, None]
@@ -276,4 +283,4 @@ def _decode(
     )
     state = start, own, standing(lanes.lengths), jnp.zeros((DRAWN_AHEAD, *shape, 2), zeros.dtype)
     drawn, own, _, _ = jax.lax.while_loop(going_on, step, state)
-    return drawn, own
+    return drawn, with_slots(whole, own) if narrow else own

@@ -103,7 +103,7 @@ class Rows(NamedTuple):
     reasons: np.ndarray
 
 
-Decode = Callable[[Store, Store, Lanes, int], tuple[Drawn, Store]]
+Decode = Callable[[Store, Lanes, int, int], tuple[Drawn, Store]]  # window, leave
 
 
 def draw_rows(
@@ -114,6 +114,7 @@ def draw_rows(
     *,
     rows: int,
     size: int,
+    prefix: int,
     costs: Costs,
     dtype: np.dtype,
     shards: int = 1,
@@ -121,11 +122,11 @@ def draw_rows(
     """Decodes until every row has ended.
 
     Args:
-      decode: `decoding.decode` with all but its stores, lanes and `leave`.
+      decode: `decoding.decode` with all but the lanes, their store, its window, and `leave`.
       start: of the round's groups.
       cache: of the round, empty; it holds its keys and values in the end.
       shapes, costs: see `schedule.next_batch`.
-      rows, size: K and S.
+      rows, size, prefix: K, S and P.
       dtype: of log-probabilities.
       shards: that groups are split over.
 
@@ -137,14 +138,14 @@ def draw_rows(
         state.lengths,
         state.reasons == StopReason.RUNNING,
         start.most,
-        start.prefix_lengths,
         shapes,
+        prefix=prefix,
         costs=costs,
         before=batch,
         shards=shards,
     ):
-        shared, own = cache.enter(batch)
-        drawn, own = decode(shared, own, _lanes(start, state, batch), batch.leave)
+        lanes = _lanes(start, state, batch)
+        drawn, own = decode(cache.enter(batch), lanes, batch.shape.window, batch.leave)
         drawn = fetch(drawn)
         cache.leave(own, drawn.reasons != StopReason.RUNNING)
         _record(state, batch, drawn)
@@ -154,13 +155,15 @@ def draw_rows(
     return state, spent
 
 
-def idle_lanes(shape: LaneShape) -> Lanes:
-    """Lanes without a row: `decode` returns at once."""
+def idle_lanes(shape: LaneShape, *, in_place: bool) -> Lanes:
+    """Lanes without a row: `decode` returns at once. `in_place`: of a batch of all rows."""
     m, k = shape.groups, shape.rows
     group, lane = np.zeros(m, np.int32), np.zeros((m, k), np.int32)
     none = np.zeros((m, k), bool)
     progress = Progress(lane, lane, lane, none)
-    return Lanes(group + 1, group, group, lane, lane, lane, progress, none)
+    return Lanes(
+        None if in_place else group, group + 1, group, group, lane, lane, lane, progress, none
+    )
 
 
 def _first(start: Start, rows: int, size: int, dtype: np.dtype) -> Rows:
@@ -184,6 +187,7 @@ def _lanes(start: Start, state: Rows, batch: Batch) -> Lanes:
     groups = batch.groups
     cells = groups[:, None], batch.rows
     return Lanes(
+        groups=None if batch.in_place else groups,
         prefix_lengths=start.prefix_lengths[groups],
         ids=start.ids[groups],
         used=start.used[groups],

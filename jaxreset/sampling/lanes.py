@@ -1,9 +1,10 @@
 """Where a round's keys and values are while it is drawn: in lanes, else on pages.
 
-A lane keeps what its row has drawn from segment to segment. A row that gives up its lane is written
-to a page, whose rows are as wide as the lane's window, and read from it if it goes on later. So memory
-follows what has been drawn, not what might have been. Lanes whose rows have all ended become a page as
-they are, and while all rows stand in their own places the lanes are the only page.
+A lane has room for a whole row, and keeps what it has drawn from segment to segment. A row that gives up
+its lane is written to a page, whose rows are as wide as the window that the lane attended to, and read from
+it if it goes on later. So what waits takes memory for what has been drawn, not for what might have been.
+Lanes whose rows have all ended become a page as they are, and while all rows stand in their own places the
+lanes are the only page.
 
 Over a mesh lanes and pages are split over its data shards as the groups are, and a row's page is on its
 group's shard.
@@ -26,17 +27,14 @@ PAGE_SLOTS = 2048  # of a shard, in all of its rows together
 MOVED_ROWS = 8  # of a shard that one program moves
 
 Pair = tuple[np.ndarray, np.ndarray]
-Sizes = tuple[int, int, int]
+Lanes = tuple[int, int]  # groups, and lanes of each
 
 
 class Moves(Protocol):
     """Programs on keys and values; see `stores`."""
 
-    def empty(self, groups: int, rows: int, window: int) -> Store: ...
-    def widen(self, store: Store, window: int) -> Store: ...
-    def save(self, page: Store, own: Store, moved: Moved) -> Store: ...
-    def load(self, page: Store, own: Store, moved: Moved) -> Store: ...
-    def take(self, prefix: Store, groups: np.ndarray, into: Store | None, window: int) -> Store: ...
+    def empty(self, groups: int, rows: int, slots: int) -> Store: ...
+    def move(self, source: Store, target: Store, moved: Moved) -> Store: ...
 
 
 class LaneCache:
@@ -44,8 +42,8 @@ class LaneCache:
 
     Args:
       moves: the programs.
-      prefix: the groups' prefix store, only read.
       shape: (N, K).
+      size: S.
       full: (M, K') of a full batch, whose lanes may become a page.
       shards: that groups, lanes and pages are split over, in equal runs.
       hold: whether rows that have ended are kept, for `finish`.
@@ -54,16 +52,16 @@ class LaneCache:
     def __init__(
         self,
         moves: Moves,
-        prefix: Store,
         shape: tuple[int, int],
+        size: int,
         *,
         full: tuple[int, int],
         shards: int = 1,
         hold: bool = True,
     ):
         self._moves = moves
-        self._prefix = prefix
         self._shape = shape
+        self._size = size
         self._full = full
         self._shards = shards
         self._hold = hold
@@ -75,25 +73,21 @@ class LaneCache:
         self._batch: Batch | None = None
         self._own: Store | None = None  # of the batch
         self._ended = np.zeros(0, bool)  # lanes of the batch
-        self._spare: tuple[Sizes, Store] | None = None  # lanes of the sizes before
-        self._taken: tuple[Batch, Store] | None = None
+        self._spare: tuple[Lanes, Store] | None = None  # lanes, as many as there were before
 
-    def enter(self, batch: Batch) -> tuple[Store, Store]:
+    def enter(self, batch: Batch) -> Store:
         """Brings the batch's rows into lanes.
 
         Returns:
-          The lanes' prefixes, M × P' slots, and their own, M × K' × W slots, to be used up and given
-          back to `leave`.
+          M × K' × S slots, to be used up and given back to `leave`.
         """
-        before, own, window = self._batch, self._own, batch.shape.window
+        own = self._own
         if not (batch.in_place and self._pages_made == 0):
             own = self._exchange(batch)
-        elif before is None or own is None:
-            own = self._moves.empty(*self._shape, window)
-        elif before.shape.window < window:
-            own = self._moves.widen(own, window)
+        elif own is None:
+            own = self._moves.empty(*self._shape, self._size)
         self._batch, self._own = batch, None
-        return self._prefixes(batch), own
+        return own
 
     def leave(self, own: Store, ended: np.ndarray) -> None:
         """What decoding made of the lanes' stores, and [M, K'] whether a lane's row has ended."""
@@ -110,27 +104,27 @@ class LaneCache:
 
     def _exchange(self, batch: Batch) -> Store:
         """The lanes' stores after rows that leave were written to pages, and others read from them."""
-        before, own, shape = self._batch, self._own, batch.shape
+        before, own, lanes = self._batch, self._own, batch.shape[:2]
         stays = np.zeros_like(batch.live)
         if before is not None and own is not None:
             if before.in_place and self._pages_made == 0:
                 self._keep_in_place(own)
                 own = None
-            elif before.shape.own == shape.own:
+            elif before.shape[:2] == lanes:
                 stays = batch.live & before.live & (before.rows == batch.rows)
                 stays &= (before.groups == batch.groups)[:, None]
             if own is not None and stays.any():
                 self._write(own, before, before.live & ~stays)
             elif own is not None:
-                own = self._reused(before.shape.own, self._put_away(own, before), shape.own)
+                own = self._reused(before.shape[:2], self._put_away(own, before), lanes)
         if own is None:
-            own = self._moves.empty(*shape.own)
+            own = self._moves.empty(*lanes, self._size)
         return self._read(own, batch, batch.live & ~stays)
 
-    def _reused(self, size: Sizes, own: Store | None, wanted: Sizes) -> Store | None:
+    def _reused(self, lanes: Lanes, own: Store | None, wanted: Lanes) -> Store | None:
         """Lanes' stores of the size that is wanted, if there are any; `own`, of the last, may be kept."""
-        there = [pair for pair in (self._spare, own and (size, own)) if pair]
-        found = next((store for size, store in there if size == wanted), None)
+        there = [pair for pair in (self._spare, own and (lanes, own)) if pair]
+        found = next((store for lanes, store in there if lanes == wanted), None)
         others = [pair for pair in there if pair[1] is not found]
         # Where rows start in their places lanes only become fewer, and none are used again.
         self._spare = others[-1] if others and self._full != self._shape else None
@@ -151,7 +145,7 @@ class LaneCache:
         """All lanes -> pages; the lanes' stores, where they have not become a page themselves."""
         _, page, cell = self._pages
         live, ended = batch.live, self._ended
-        whole = batch.shape[:2] == self._full and 2 * live.sum() >= live.size
+        whole = batch.shape == (*self._full, self._size) and 2 * live.sum() >= live.size
         if not (whole and self._hold and ended[live].all()):
             self._write(own, batch, live)
             return own
@@ -165,10 +159,7 @@ class LaneCache:
             leaving = leaving & ~self._ended
         stores, page, cell = self._pages
         window, lanes = batch.shape.window, np.argwhere(leaving)
-        places = None if self._places is None else stores[self._places]
-        if (
-            places is not None and places[0].keys.shape[-1] == window
-        ):  # back to where they came from
+        if self._places is not None:  # back to where they came from
             for m, k in lanes:
                 row = batch.groups[m], batch.rows[m, k]
                 page[row], cell[row] = self._places, row[0] * self._shape[1] + row[1]
@@ -184,17 +175,18 @@ class LaneCache:
             row = batch.groups[m], batch.rows[m, k]
             page[row], cell[row] = free[shard].pop(0)
         for number, moved in self._moved(batch, leaving):
-            stores[number] = self._moves.save(stores[number], own, moved)
+            stores[number] = self._moves.move(own, stores[number], moved)
 
     def _read(self, own: Store, batch: Batch, coming: np.ndarray) -> Store:
         """Pages -> lanes; a row's cell is free afterwards, but for those of rows in their places."""
         stores, page, _ = self._pages
         coming = coming & (page[batch.groups[:, None], batch.rows] >= 0)
         for number, moved in self._moved(batch, coming):
-            own = self._moves.load(stores[number], own, moved)
+            back = moved._replace(source=moved.target, target=moved.source)
+            own = self._moves.move(stores[number], own, back)
             if number != self._places:
                 rows, window = stores[number][0].keys.shape[1], stores[number][0].keys.shape[-1]
-                for cell in moved.cells[0][moved.chosen].tolist():
+                for cell in moved.target[0][moved.chosen].tolist():
                     self._free[window, cell * self._shards // rows].append((number, cell))
         for m, k in np.argwhere(coming):
             page[batch.groups[m], batch.rows[m, k]] = -1
@@ -213,7 +205,7 @@ class LaneCache:
                     cells[:] = [cell for cell in cells if cell[0] != number]
 
     def _moved(self, batch: Batch, chosen: np.ndarray) -> Iterator[tuple[int, Moved]]:
-        """The chosen lanes and where on each page their rows are, a few at a time."""
+        """The chosen lanes, and where on each page their rows are, a few at a time."""
         rows = batch.groups[:, None], batch.rows
         page, cell = self._pages.page[rows], self._pages.cell[rows]
         for number in np.unique(page[chosen]).tolist():
@@ -223,35 +215,18 @@ class LaneCache:
             for moved in moves_of((m, k), cells, shards, count=self._shards):
                 yield number, moved
 
-    def _prefixes(self, batch: Batch) -> Store:
-        width = batch.shape.prefix
-        if batch.in_place and width == self._prefix[0].keys.shape[-1]:
-            self._taken = None
-            return self._prefix
-        into = None
-        if self._taken is not None and self._taken[1][0].keys.shape[-1] == width:
-            before, into = self._taken
-            if before.shape.groups != batch.shape.groups:
-                into = None
-            elif before.groups.tolist() == batch.groups.tolist():
-                return into
-        self._taken = None  # of another size: it need not stay while this one is made
-        store = self._moves.take(self._prefix, batch.groups, into, width)
-        self._taken = batch, store
-        return store
-
 
 def page_rows(window: int, shards: int = 1) -> int:
     """A of a page; its B is 1, but where all rows are in their places."""
     return max(PAGE_SLOTS // window, MOVED_ROWS) * shards
 
 
-def moves_of(lanes: Pair, cells: Pair, shards: np.ndarray, *, count: int = 1) -> Iterator[Moved]:
+def moves_of(source: Pair, target: Pair, shards: np.ndarray, *, count: int = 1) -> Iterator[Moved]:
     """Rows, a few of each shard at a time; where there are none, one move of none.
 
     `shards`: that each row is on, of `count`.
     """
-    every = np.stack([*lanes, *cells]).astype(np.int32)
+    every = np.stack([*source, *target]).astype(np.int32)
     waiting = [every[:, shards == shard] for shard in range(count)]
     for first in range(0, max(max(rows.shape[1] for rows in waiting), 1), MOVED_ROWS):
         moved = np.zeros((4, count, MOVED_ROWS), np.int32)

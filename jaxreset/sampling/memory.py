@@ -77,7 +77,8 @@ class RoundMemory:
         slots = CPU_SLOTS if self.on_cpu else None
         if self.slots is not None:
             slots = self.slots // self.threads_of(part.rows)
-        return lane_shapes(*part, slots=slots, shards=self.shards)
+        n, k, _, s = part
+        return lane_shapes(n, k, s, slots=slots, shards=self.shards)
 
     def holds(self, shape: Shape) -> bool:
         """Whether a round of that shape keeps its keys and values, so that resets gather theirs."""
@@ -109,33 +110,33 @@ class RoundMemory:
         lanes = self.lanes(part)
         in_place = lanes[0][:2] == part[:2]
         beside = self._beside_in_place if in_place else self._beside_pages
-        most = max(at.groups * at.rows * at.window + beside(shape, at) for at in lanes)
+        most = max(self._segment_slots(part, at) + beside(shape, at) for at in lanes)
         slots = part.groups * part.prefix + most
         return self._threads_drawing(shape) * self._bytes(slots)
 
+    def _segment_slots(self, part: Shape, at: LaneShape) -> int:
+        """Slots of lanes, and of copies in their program: of a narrow window, of prefixes not in place."""
+        m, k, window = at
+        copied = m * k * window if window < part.suffix else 0
+        prefixes = m * part.prefix if (m, k) != part[:2] else 0
+        return m * k * part.suffix + copied + prefixes
+
     def _beside_in_place(self, shape: Shape, at: LaneShape) -> int:
-        """Slots beside lanes and prefixes where all rows start in their places."""
-        part = self.part(shape)
-        n, k, p, s = part
+        """Slots beside a segment's and the prefixes where all rows start in their places."""
+        n, k, _, s = self.part(shape)
         if at[:2] == (n, k):
-            narrower = max((x.window for x in self.lanes(part) if x.window < at.window), default=0)
-            taken = n * at.prefix if at.prefix < p else 0
-            return n * k * narrower + taken  # while they are widened
-        # The places that they came from and go back to, or narrower ones and pages of their own width.
-        narrower = max((x.window for x in self.lanes(part) if x.window < at.window), default=0)
-        paged = self._page_slots(at.groups * at.rows, at.window)
-        return max(n * k * s, n * k * narrower + paged) + at.groups * at.prefix
+            return 0
+        # The places that rows came from and go back to; once they are dropped, pages and fewer lanes.
+        return max(n * k * s, self._page_slots(at.groups * at.rows, s))
 
     def _beside_pages(self, shape: Shape, at: LaneShape) -> int:
-        """Slots beside lanes and prefixes where more rows wait than have a lane."""
-        part = self.part(shape)
-        n, k, _, s = part
-        others = [x for x in self.lanes(part) if x.own != at.own and x.window <= at.window]
-        spare = max((x.groups * x.rows * x.window for x in others), default=0)
+        """Slots beside a segment's and the prefixes where more rows wait than have a lane."""
+        n, k, _, s = part = self.part(shape)
+        spare = max((x.groups * x.rows * s for x in self.lanes(part) if x[:2] != at[:2]), default=0)
         rows, window = n * k, s
         if not self.holds(shape):  # those that wait have filled half a window at most
             rows, window = n * k - at.groups * at.rows, -(-s // 2)
-        return spare + at.groups * at.prefix + self._page_slots(rows, window)
+        return spare + self._page_slots(rows, window)
 
     def _page_slots(self, rows: int, window: int) -> int:
         """Of the pages that so many rows are written to."""

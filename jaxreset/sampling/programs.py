@@ -11,14 +11,14 @@ from weakref import WeakKeyDictionary
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxreset.models.block import DecoderConfig
 from jaxreset.models.decoder import Store
 from jaxreset.models.decoding_copy import Layout, decoding_layout
 from jaxreset.models.policy import Policy
 from jaxreset.parallel import data_shards, device_bytes, put, replicated, rows_sharding
-from jaxreset.parallel.compiling import compiled, run
+from jaxreset.parallel.compiling import Compile, run
 from jaxreset.sampling import decoding, stores
 from jaxreset.sampling.decoding import Drawn, Lanes, Limits
 from jaxreset.sampling.drawing import (
@@ -64,12 +64,16 @@ class Programs:
         self._mesh = mesh
         self.shards = data_shards(mesh)
         self._rows = None if mesh is None else rows_sharding(mesh)
-        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        alone = self._automaton.next_state.devices()
+        device = min(alone, key=lambda d: d.id) if mesh is None else mesh.devices.flat[0]
         self._on_cpu = device.platform == "cpu"
         self._settings = settings | {"device_bytes": device_bytes()}
+        self._anchor = put(
+            np.float32(0), SingleDeviceSharding(device) if mesh is None else replicated(mesh)
+        )
         self._run = run
 
-    def in_shapes(self) -> Programs:
+    def in_shapes(self, compiled: Compile) -> Programs:
         """The same programs, which are compiled and not run: stores are shapes then."""
         programs = copy.copy(self)
         programs._run = compiled
@@ -121,17 +125,16 @@ class Programs:
                 store = self._overwrite(store, forked, their_places)
         return store
 
-    def compile_fork(self, held: Held, parent: Shape, shape: Shape) -> Store:
-        """Compiles all that `fork` may need of a part, of a round of shape `parent`, with every page."""
-        # Over a mesh a round is one part.
-        for some in (shape,) if self._mesh is not None else (shape, self._few(shape)):
+    def compile_fork(self, held: Held, parent: Shape, shape: Shape, *, parts: int) -> Store:
+        """Compiles all that `fork` may need of a round of shape `parent`, with every page of a part."""
+        for some in (shape,) if parts == 1 else (shape, self._few(shape)):
             gathered = self._gathered(held, parent, some)
             for page in held.pages.stores.values():
                 if self._in_place(held, page):
                     forked = self._fork_from(held, page, some, {}, {})
-                gathered = self._moves(held.prefix).load(page, gathered, self._no_move())
+                gathered = self._moves(held.prefix).move(page, gathered, self._no_move())
             forked = self._fork_from(held, gathered, some, {}, {})
-        if self._mesh is not None:
+        if parts == 1:
             return forked
         store = self._fork_from(held, self._gathered(held, parent, shape), shape, {}, {})
         return self._overwrite(store, forked, ())
@@ -155,9 +158,9 @@ class Programs:
             here = np.array([n for n, row in rows.items() if page[row] == number])
             across = stores[number][0].keys.shape[2]
             of_rows = np.divmod(np.array([cell[rows[n]] for n in here]), across)
-            lanes, shards = (here, np.zeros_like(here)), here * self.shards // shape.groups
-            for moved in moves_of(lanes, of_rows, shards, count=self.shards):
-                gathered = self._moves(held.prefix).load(stores[number], gathered, moved)
+            into, shards = (here, np.zeros_like(here)), here * self.shards // shape.groups
+            for moved in moves_of(of_rows, into, shards, count=self.shards):
+                gathered = self._moves(held.prefix).move(stores[number], gathered, moved)
         return self._fork_from(held, gathered, shape, snapshots, {n: n for n in rows})
 
     def _gathered(self, held: Held, parent: Shape, shape: Shape) -> Store:
@@ -230,19 +233,21 @@ class Programs:
         shapes = self.memory(policy).lanes(part)
         cache = LaneCache(
             self._moves(prefix),
-            prefix,
             part[:2],
+            part.suffix,
             full=shapes[0][:2],
             shards=self.shards,
             hold=hold,
         )
+        draws = draws._replace(max_new=np.int32(min(draws.max_new, part.suffix)))
         rows, spent = draw_rows(
-            self._decode(policy, draws._replace(max_new=np.int32(min(draws.max_new, part.suffix)))),
+            self._decode(policy, prefix, draws),
             start,
             cache,
             shapes,
             rows=part.rows,
             size=part.suffix,
+            prefix=part.prefix,
             costs=self._costs(policy.config),
             dtype=np.dtype(jnp.promote_types(policy.config.dtype, jnp.float32)),
             shards=self.shards,
@@ -254,49 +259,39 @@ class Programs:
 
     def compile_draw(self, policy: Policy, part: Shape, prefix: Store, draws: Draws) -> Held:
         """Compiles all that `draw` may need; returns a part with empty pages of every kind."""
-        moves, decode = self._moves(prefix), self._decode(policy, draws)
-        shapes = self.memory(policy).lanes(part)
+        moves, decode = self._moves(prefix), self._decode(policy, prefix, draws)
+        shapes, nothing = self.memory(policy).lanes(part), self._no_move()
         kept = self.empty_part(policy, part, prefix)
-        pages, nothing = kept.pages.stores, self._no_move()
         for lanes in shapes:
-            groups = np.zeros(lanes.groups, np.int32)
-            shared = moves.take(prefix, groups, None, lanes.prefix)
-            shared = moves.take(prefix, groups, shared, lanes.prefix)
-            own = moves.empty(lanes.groups, lanes.rows, lanes.window)
-            for n, page in pages.items():
-                *cells, width = *page[0].keys.shape[1:3], page[0].keys.shape[-1]
-                in_place = tuple(cells) == part[:2]
-                written = tuple(cells) == (page_rows(width, self.shards), 1)
-                if width <= lanes.window and (written or in_place):
-                    own = moves.load(page, own, nothing)
-                if width == lanes.window and (written or (in_place and lanes[:2] != part[:2])):
-                    pages[n] = moves.save(page, own, nothing)
-            _, own = decode(shared, own, idle_lanes(lanes), 0)
-            if (lanes.groups, lanes.rows) == part[:2]:
-                for wider in {other.window for other in shapes if other.window > lanes.window}:
-                    moves.widen(own, wider)
+            own = moves.empty(lanes.groups, lanes.rows, part.suffix)
+            if lanes[:2] != part[:2]:  # else rows may stay in their places
+                for page in kept.pages.stores.values():
+                    own = moves.move(page, own, nothing)
+                    moves.move(own, page, nothing)
+            idle = idle_lanes(lanes, in_place=lanes[:2] == part[:2])
+            decode(own, idle, lanes.window, 0)
         return kept
 
     def empty_part(self, policy: Policy, part: Shape, prefix: Store) -> Held:
         """A part of a round on which nothing is drawn, with a page of every kind."""
         moves, shapes = self._moves(prefix), self.memory(policy).lanes(part)
-        # Lanes that became pages, in their places or not, and pages that rows were written to.
-        kinds = {s.own for s in shapes if s[:2] in (part[:2], shapes[0][:2])}
+        # Lanes that became a page, in their places or not, and pages that rows were written to.
+        kinds = {(*lanes, part.suffix) for lanes in (part[:2], shapes[0][:2])}
         if len({s[:2] for s in shapes} | {part[:2]}) > 1:
             kinds |= {(page_rows(s.window, self.shards), 1, s.window) for s in shapes}
         pages = {n: moves.empty(*kind) for n, kind in enumerate(sorted(kinds))}
         nothing, everyone = np.zeros(part[:2], int), range(part.groups)
         return Held(everyone, np.array(everyone), prefix, Pages(pages, nothing, nothing))
 
-    def _decode(self, policy: Policy, draws: Draws) -> Decode:
+    def _decode(self, policy: Policy, prefix: Store, draws: Draws) -> Decode:
         """`decoding.decode`, with what changes from segment to segment left open."""
         graph, params = self.layout(policy)
 
-        def decode(shared: Store, own: Store, lanes: Lanes, leave: int) -> tuple[Drawn, Store]:
+        def decode(own: Store, lanes: Lanes, window: int, leave: int) -> tuple[Drawn, Store]:
             return self._run(
                 decoding.decode,
                 params,
-                shared,
+                prefix,
                 own,
                 put(lanes, self._rows) if self._rows else lanes,
                 self._automaton,
@@ -304,13 +299,14 @@ class Programs:
                 draws,
                 np.int32(leave),
                 graph=graph,
+                window=window,
                 mesh=self._mesh,
             )
 
         return decode
 
     def _moves(self, prefix: Store) -> Moves:
-        return _Moves(prefix, self._mesh, self._rows, self._run)
+        return _Moves(self._anchor, stores.layout_of(prefix), self._mesh, self._run)
 
     def _costs(self, model: DecoderConfig) -> Costs:
         attention = 2 * model.heads * model.head_dim
@@ -328,7 +324,7 @@ class Programs:
         """
         layouts, kind = (
             _LAYOUTS.setdefault(policy, {}),
-            (self._mesh, self._on_cpu, self._run),
+            (self._mesh, self._on_cpu, self._run is run),
         )
         if kind not in layouts:
             layouts[kind] = decoding_layout(
@@ -343,29 +339,19 @@ class Programs:
 
 
 class _Moves(NamedTuple):
-    """`lanes.Moves` beside a prefix store."""
+    """`lanes.Moves` for stores of a policy."""
 
-    prefix: Store
+    anchor: jax.Array
+    like: stores.Layout
     mesh: Mesh | None
-    sharding: jax.sharding.Sharding | None
     run: Callable[..., Any]
 
-    def empty(self, groups: int, rows: int, window: int) -> Store:
-        sizes = {"groups": groups, "rows": rows, "size": window}
-        return self.run(stores.empty, self.prefix, **sizes, mesh=self.mesh)
+    def empty(self, groups: int, rows: int, slots: int) -> Store:
+        sizes = {"groups": groups, "rows": rows, "size": slots}
+        return self.run(stores.empty, self.anchor, like=self.like, **sizes, mesh=self.mesh)
 
-    def widen(self, store: Store, window: int) -> Store:
-        if store[0].keys.shape[-1] == window:
-            return store
-        return self.run(stores.widen, store, size=window, mesh=self.mesh)
-
-    def save(self, page: Store, own: Store, moved: Moved) -> Store:
-        return self.run(stores.save, page, own, moved, mesh=self.mesh)
-
-    def load(self, page: Store, own: Store, moved: Moved) -> Store:
-        return self.run(stores.load, page, own, moved, mesh=self.mesh)
-
-    def take(self, prefix: Store, groups: np.ndarray, into: Store | None, window: int) -> Store:
-        if self.sharding is not None:
-            groups = put(groups, self.sharding)
-        return self.run(stores.take, prefix, groups, into, size=window, mesh=self.mesh)
+    def move(self, source: Store, target: Store, moved: Moved) -> Store:
+        # As wide as the widest, so that a size of store has one program for either direction.
+        size = max(source[0].keys.shape[-1], target[0].keys.shape[-1])
+        lifted = self.run(stores.lift, source, moved.source, size=size, mesh=self.mesh)
+        return self.run(stores.lay, target, lifted, moved.target, moved.chosen, mesh=self.mesh)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxreset.models.decoder import Store
 from jaxreset.models.policy import Policy
+from jaxreset.parallel.compiling import Compile, SideBySide
 from jaxreset.sampling.checks import (
     check_draws,
     check_patterns,
@@ -309,10 +310,16 @@ class Sampler:
         """In which sizes rounds of the policy are drawn, which are held, and what that takes."""
         return self._programs.memory(policy)
 
-    def compile(self, policy: Policy) -> None:
-        """Compiles all that `sample` and `resume` will need, in `shapes` and `forks`; nothing is run."""
+    def compile(self, policy: Policy, compiled: Compile | None = None) -> None:
+        """Compiles all that `sample` and `resume` will need, in `shapes` and `forks`; nothing is run.
+
+        `compiled`: that more is compiled by, beside this.
+        """
+        if compiled is None:
+            with SideBySide() as compiled:
+                return self.compile(policy, compiled)
         draws = self._draws(Stream(0), 1.0, 1.0, 0, None)
-        memory, programs = self.memory(policy), self._programs.in_shapes()
+        memory, programs = self.memory(policy), self._programs.in_shapes(compiled)
         held, nowhere = {}, np.zeros(0, int)
         for shape in self.shapes or ():
             part = memory.part(shape)
@@ -325,7 +332,8 @@ class Sampler:
                     above = memory.part(parent)
                     prefix = programs.prefill(policy, above, [], nowhere)
                     held[parent] = programs.empty_part(policy, above, prefix)
-                prefix = programs.compile_fork(held[parent], parent, part)
+                parts = memory.threads_of(parent.rows)
+                prefix = programs.compile_fork(held[parent], parent, part, parts=parts)
                 if self.question_tokens:
                     size = self.question_tokens
                     prefix = programs.extend(policy, prefix, [], [], nowhere, size)

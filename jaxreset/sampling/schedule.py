@@ -12,16 +12,14 @@ the place of rows that ended, and when none wait the batch shrinks.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 
-# Every size takes a program of its own, which for 30 layers holds 65 MB of a CPU's memory: so they are few.
+# Every size takes a program of its own, which for 30 layers takes a CPU seconds to compile and holds 65 MB
+# of its memory: so they are few.
 MIN_WINDOW = 48  # slots; a response of fewer than two such has no tail worth another program
-MIN_PREFIX = 256  # slots; attending to all of a prefix of fewer than two such costs little
 MIN_LANES = 16  # fewer make a step little cheaper
-NARROW_PREFIX = 5 / 8  # of the prefix slots: all that groups of short prefixes attend to
 FREED = 0.25  # share of lanes that must have ended before waiting rows take their place
 
 
@@ -38,17 +36,11 @@ class Costs(NamedTuple):
 
 
 class LaneShape(NamedTuple):
-    """Sizes of one compiled `decode`: M groups of K lanes, W slots of each lane and P' of each prefix."""
+    """Sizes of one compiled `decode`: M groups of K lanes, which attend to W of their slots."""
 
     groups: int
     rows: int
     window: int
-    prefix: int
-
-    @property
-    def own(self) -> tuple[int, int, int]:
-        """Sizes of what the lanes hold themselves."""
-        return self.groups, self.rows, self.window
 
 
 class Batch(NamedTuple):
@@ -71,103 +63,102 @@ class Batch(NamedTuple):
 
 
 def windows(size: int, *, least: int) -> list[int]:
-    """How many of `size` slots are attended to: ascending, each half of the next, all of them last.
+    """How many of `size` slots are attended to: an eighth, half and all; none of fewer than `least`.
 
     >>> windows(500, least=32)
-    [63, 125, 250, 500]
+    [63, 250, 500]
     """
-    widths = [size]
-    while widths[-1] >= 2 * least:
-        widths.append(-(-widths[-1] // 2))
-    return widths[::-1]
+    parts = [-(-size // share) for share in (8, 2)]
+    return [*(part for part in parts if part >= least), size]
 
 
 def lane_shapes(
-    groups: int, rows: int, prefix: int, size: int, *, slots: int | None = None, shards: int = 1
+    groups: int, rows: int, size: int, *, slots: int | None = None, shards: int = 1
 ) -> list[LaneShape]:
     """All sizes that decoding a round may need.
 
+    Where rows wait for lanes, those that are left of many groups find room in half as many lanes of more
+    groups. Fewer lanes still are for the last and longest rows.
+
     Args:
-      groups, rows, prefix, size: N, K, P and S of the round.
+      groups, rows, size: N, K and S of the round.
       slots: most lanes at once, but at least a group on each shard; None: all rows.
       shards: of the group axis; each takes equally many groups.
 
-    >>> [tuple(shape) for shape in lane_shapes(128, 8, 800, 50, slots=64)]
-    [(8, 8, 50, 500), (8, 8, 50, 800)]
-    >>> [tuple(shape) for shape in lane_shapes(2, 8, 100, 100)]
-    [(2, 8, 50, 100), (2, 8, 100, 100)]
+    >>> [tuple(shape) for shape in lane_shapes(128, 8, 50, slots=64)]
+    [(8, 8, 50)]
+    >>> [tuple(shape) for shape in lane_shapes(8, 8, 256, slots=32)]
+    [(4, 8, 128), (4, 8, 256), (16, 1, 128), (16, 1, 256)]
+    >>> [tuple(shape) for shape in lane_shapes(32, 8, 200)]
+    [(32, 8, 100), (32, 8, 200), (32, 2, 200), (16, 1, 200)]
     """
     first = groups if slots is None else min(groups, slots // rows)
     first = max(first // shards, 1) * shards
-    sizes = [(first, rows)]
+    full, last = [(first, rows)], []
     if size >= 2 * MIN_WINDOW:
         if first < groups and rows > 2:
-            sizes.append((max(first * rows // (2 * shards), 1) * shards, 2))
-        while True:
-            m, k = sizes[-1]
-            m, k = (m, k // 2) if k > 1 else (m // 2, k)
-            if m * k < MIN_LANES or m < 1 or m % shards:
-                break
-            sizes.append((m, k))
-    prefixes = [math.ceil(NARROW_PREFIX * prefix)] if prefix >= 2 * MIN_PREFIX else []
-    prefixes.append(prefix)
+            few = max(first * rows // (2 * shards), 1) * shards
+            full.append((few, 2 if few > MIN_LANES else 1))
+        while (fewer := _fewer(*(last or full)[-1], shards)) is not None:
+            last.append(fewer)
+    widths = windows(size, least=MIN_WINDOW)
     return [
-        LaneShape(*lanes, window, width)
-        for lanes in sizes
-        for window in windows(size, least=MIN_WINDOW)
-        # Few programs for the tail.
-        for width in (prefixes if lanes == sizes[0] else prefixes[-1:])
+        *(LaneShape(*lanes, width) for lanes in full for width in widths),
+        *(LaneShape(*lanes, size) for lanes in last),
     ]
+
+
+def _fewer(groups: int, rows: int, shards: int) -> tuple[int, int] | None:
+    """A quarter of the lanes, else half, first of a group's and then of the groups; None: they are few."""
+    for share in (4, 2):
+        k = max(rows // share, 1)
+        m = groups if rows >= share else groups * rows // share
+        if m * k >= MIN_LANES and m % shards == 0 and m * k < groups * rows:
+            return m, k
+    return None
 
 
 def next_batch(
     lengths: np.ndarray,
     running: np.ndarray,
     most: np.ndarray,
-    prefix_lengths: np.ndarray,
     shapes: list[LaneShape],
     *,
+    prefix: int,
     costs: Costs,
     before: Batch | None = None,
     shards: int = 1,
 ) -> Batch | None:
     """The lanes of the next segment, or None when all rows have ended.
 
-    Rows that still fit the narrowest window go first: long ones wait until they are among themselves.
-    So do groups that may still become long, which late resets may not: lanes then end together.
-    Of the shapes, the one is taken that costs least for each row that it advances.
+    Of the shapes, the one is taken that costs least for each row that it advances. A narrow window takes
+    rows that fit it, and leaves long ones until they are among themselves. Groups that may still become
+    long go first, which late resets may not: lanes then end together.
 
     Args:
       lengths, running: [N, K] tokens drawn so far, and whether a row goes on.
       most: [N] tokens that a row of the group may draw.
-      prefix_lengths: [N] tokens of the prefixes.
       shapes: of `lane_shapes`.
-      before: the segment before: rows that go on stay in their lanes where the shape is the same.
+      prefix: P, slots that a group's prefix may have.
+      before: the segment before: rows that go on stay in their lanes where there are as many.
       shards: that groups and lanes are split over, in equal runs: a group's lanes are on its own shard.
     """
     if not running.any():
         return None
-    window = min(s.window for s in shapes if s.window > lengths[running].min())
-    waiting = running & (lengths < window)
-    order, fitting = np.argsort(-most, stable=True), {}
+    order = np.argsort(-most, stable=True)
     best = None
     for shape in shapes:
-        if shape.window != window:
+        fits = running & (lengths < shape.window)
+        if not fits.any():
             continue
-        if shape.prefix not in fitting:
-            fits = waiting & (prefix_lengths <= shape.prefix + 1)[:, None]
-            members = [(group, np.flatnonzero(fits[group])) for group in order[fits[order].any(1)]]
-            fitting[shape.prefix] = fits, members
-        fits, members = fitting[shape.prefix]
-        if not members:
-            continue
+        members = [(group, np.flatnonzero(fits[group])) for group in order[fits[order].any(1)]]
         batch = _fill(fits, members, shape, shards)
-        slots = shape.groups * (shape.prefix + shape.rows * window)
+        slots = shape.groups * (prefix + shape.rows * shape.window)
         cost = costs.step + shape.groups * shape.rows + slots * costs.slot
         per_row = cost / batch.live.sum()
         if best is None or per_row < best[0]:
             best = per_row, batch, int(fits.sum())
-    assert best is not None  # some window is S and some prefix P, which every running row fits
+    assert best is not None  # some window is S, which every running row fits
     _, batch, candidates = best
     taken, lanes = int(batch.live.sum()), batch.live.size
     if taken < candidates:
@@ -176,7 +167,7 @@ def next_batch(
         leave = lanes // 2
     else:
         leave = 0
-    if before is not None and before.shape.own == batch.shape.own and not batch.in_place:
+    if before is not None and before.shape[:2] == batch.shape[:2] and not batch.in_place:
         batch = _stay(batch, before, len(lengths), shards)
     # At least a few rows must end before the lanes are chosen anew.
     return batch._replace(leave=max(min(leave, taken - -(-lanes // 16)), 0))

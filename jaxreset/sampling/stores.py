@@ -1,9 +1,10 @@
 """Moving keys and values between stores: jitted programs, of which none crosses data shards.
 
     fork    a round's stores, rows and lengths  ─▶ prefix store: N' times P' slots
-    take    prefixes of a round                 ─▶ prefixes of lanes
-    load    rows of a page                      ─▶ rows of lanes
-    save    rows of lanes                       ─▶ rows of a page
+    lift    rows of lanes or of a page          ─▶ rows by themselves
+    lay     rows by themselves                  ─▶ rows of lanes or of a page
+
+A row is moved by `lift` and `lay`: so every size of store takes two programs, not one for each other size.
 
 Over a mesh the groups of every store are split into equal runs, a run for each data shard, and a group's
 rows, lanes, pages and resets stay on its shard (`places` and `lanes` see to it). So each shard gathers
@@ -29,16 +30,32 @@ Leaf = Any  # of a pytree built on the host with numpy, and traced inside jit
 HEAD_AXIS = -3  # of keys and values
 
 
+class Layout(NamedTuple):
+    """Of a policy's stores: layers of each stack, key-value heads, their width, and the dtype's name."""
+
+    stacks: tuple[int, ...]
+    heads: int
+    width: int
+    dtype: str
+
+
+def layout_of(store: Store) -> Layout:
+    """Of stores beside this one, of prefixes."""
+    _, _, heads, width, _ = store[0].keys.shape
+    stacks = tuple(len(stack.keys) for stack in store)
+    return Layout(stacks, heads, width, str(store[0].keys.dtype))
+
+
 class Moved(NamedTuple):
-    """Rows on their way between lanes and a page, `[F]`; those not `chosen` stay where they are.
+    """Rows on their way from one store to another, `[F]`; those not `chosen` stay where they are.
 
     Over a mesh the first `F / shards` are of the first shard, and so on.
 
-    lanes: the two indices of each one's lane.  cells: those of its row on the page.
+    source, target: the two indices of each row.
     """
 
-    lanes: tuple[Leaf, Leaf]
-    cells: tuple[Leaf, Leaf]
+    source: tuple[Leaf, Leaf]
+    target: tuple[Leaf, Leaf]
     chosen: Leaf
 
 
@@ -95,89 +112,90 @@ def fork(
     return _by_shard(on_shard, mesh, prefix, suffix, prefix_lengths, groups, cells, like=prefix)
 
 
-# The prefix is kept as an argument so that the result is committed to its device where the prefix is:
-# a program is compiled anew for the other kind.
-@partial(jax.jit, static_argnames=("groups", "rows", "size", "mesh"), keep_unused=True)
-def empty(prefix: Store, *, groups: int, rows: int, size: int, mesh: Mesh | None = None) -> Store:
-    """A zeroed store of M × K × S slots beside a prefix store."""
+# An argument of which only the place is used: the result is committed to its device, as other stores are. A
+# program is compiled anew for the other kind.
+@partial(jax.jit, static_argnames=("like", "groups", "rows", "size", "mesh"), keep_unused=True)
+def empty(
+    anchor: Array, *, like: Layout, groups: int, rows: int, size: int, mesh: Mesh | None = None
+) -> Store:
+    """A zeroed store of M × K × S slots."""
 
-    def zeros(stack: KV) -> KV:
-        layers, _, heads, width, _ = stack.keys.shape
-        around = layers, groups, rows, heads
-        shapes = (*around, width, size), (*around, size, width)
-        return KV(*(jnp.zeros(shape, stack.keys.dtype) for shape in shapes))
+    def zeros(layers: int) -> KV:
+        around = layers, groups, rows, like.heads
+        shapes = (*around, like.width, size), (*around, size, like.width)
+        return KV(*(jnp.zeros(shape, like.dtype) for shape in shapes))
 
-    return constrain(tuple(zeros(stack) for stack in prefix), mesh)
+    return constrain(tuple(map(zeros, like.stacks)), mesh)
 
 
 @partial(jax.jit, static_argnames=("size", "mesh"))
-def widen(store: Store, *, size: int, mesh: Mesh | None = None) -> Store:
-    """The store with zeroed slots behind its own, `size` in all."""
+def lift(store: Store, rows: tuple[Array, Array], *, size: int, mesh: Mesh | None = None) -> Store:
+    """Some rows of a store, F × 1 × `size` slots; where its own are fewer, zeros behind them.
 
-    def pad(stack: KV) -> KV:
-        more = size - stack.keys.shape[-1]
-        around = [(0, 0)] * (stack.keys.ndim - 2)
-        return KV(
-            jnp.pad(stack.keys, [*around, (0, 0), (0, more)]),
-            jnp.pad(stack.values, [*around, (0, more), (0, 0)]),
-        )
+    `rows`: [F] both, their indices.
+    """
 
-    return constrain(tuple(pad(stack) for stack in store), mesh)
+    def on_shard(store: Store, rows: tuple[Array, Array]) -> Store:
+        rows = _on_this_shard(store, rows)
+        more = size - store[0].keys.shape[-1]
+
+        def read(of: Array, axis: int) -> Array:
+            found = of.at[:, *rows].get(mode="promise_in_bounds")[:, :, None]
+            padding = [(0, 0)] * found.ndim
+            padding[axis] = 0, more
+            return jnp.pad(found, padding)
+
+        return tuple(KV(read(stack.keys, -1), read(stack.values, -2)) for stack in store)
+
+    return _by_shard(on_shard, mesh, store, rows, like=store)
 
 
-# An argument of which only the memory is used: new memory costs more than what is written to it.
-@partial(jax.jit, static_argnames=("size", "mesh"), donate_argnames="into", keep_unused=True)
-def take(
-    prefix: Store, groups: Array, into: Store | None, *, size: int, mesh: Mesh | None = None
+@partial(jax.jit, static_argnames="mesh", donate_argnames="store")
+def lay(
+    store: Store,
+    lifted: Store,
+    rows: tuple[Array, Array],
+    chosen: Array,
+    *,
+    mesh: Mesh | None = None,
 ) -> Store:
-    """The first `size` slots of the prefixes of `groups` [M], in place of `into` (donated)."""
+    """The store with those lifted rows that are `chosen` [F] written over its own, as wide as it is."""
 
-    def on_shard(prefix: Store, groups: Array) -> Store:
-        groups = groups % prefix[0].keys.shape[1]
-        return tuple(
-            KV(stack.keys[:, groups, :, :, :size], stack.values[:, groups, :, :size])
-            for stack in prefix
-        )
+    def on_shard(store: Store, lifted: Store, rows: tuple[Array, Array], chosen: Array) -> Store:
+        first, second = _on_this_shard(store, rows)
+        rows = jnp.where(chosen, first, store[0].keys.shape[1]), second  # out of range: dropped
+        width = store[0].keys.shape[-1]
 
-    return _by_shard(on_shard, mesh, prefix, groups, like=prefix)
-
-
-@partial(jax.jit, static_argnames="mesh", donate_argnames="own")
-def load(page: Store, own: Store, moved: Moved, *, mesh: Mesh | None = None) -> Store:
-    """The lanes' M × K × W slots, the first of some lanes read from their rows of a page."""
-
-    def on_shard(page: Store, own: Store, moved: Moved) -> Store:
-        lanes, cells = _on_this_shard(own, moved.lanes), _on_this_shard(page, moved.cells)
-        lanes = _if_chosen(own, lanes, moved)
-        window = page[0].keys.shape[-1]
-
-        def read(stack: KV, own: KV) -> KV:
-            keys, values = (rows.at[:, *cells].get(mode="promise_in_bounds") for rows in stack)
+        def write(own: KV, new: KV) -> KV:
             return KV(
-                own.keys.at[:, *lanes, :, :, :window].set(keys, mode="drop"),
-                own.values.at[:, *lanes, :, :window].set(values, mode="drop"),
+                own.keys.at[:, *rows].set(new.keys[:, :, 0, ..., :width], mode="drop"),
+                own.values.at[:, *rows].set(new.values[:, :, 0, :, :width], mode="drop"),
             )
 
-        return tuple(read(*stacks) for stacks in zip(page, own, strict=True))
+        return tuple(write(*stacks) for stacks in zip(store, lifted, strict=True))
 
-    return _by_shard(on_shard, mesh, page, own, moved, like=own)
+    return _by_shard(on_shard, mesh, store, lifted, rows, chosen, like=store)
 
 
-@partial(jax.jit, static_argnames="mesh", donate_argnames="page")
-def save(page: Store, own: Store, moved: Moved, *, mesh: Mesh | None = None) -> Store:
-    """The page, some lanes' slots written to their rows; it is as wide as they are."""
+def taken(prefix: Store, groups: Array | None) -> Store:
+    """The prefixes of `groups` [M], which count over all shards, on one of them; None: all as they are."""
+    if groups is None:
+        return prefix
+    return jax.tree.map(lambda x: x[:, groups % x.shape[1]], prefix)
 
-    def on_shard(page: Store, own: Store, moved: Moved) -> Store:
-        lanes, cells = _on_this_shard(own, moved.lanes), _on_this_shard(page, moved.cells)
-        cells = _if_chosen(page, cells, moved)
 
-        def write(rows: Array, own: Array) -> Array:
-            left = own.at[:, *lanes].get(mode="promise_in_bounds")
-            return rows.at[:, *cells].set(left, mode="drop")
+def slots_of(store: Store, window: int) -> Store:
+    """The first slots of every row."""
+    return tuple(KV(stack.keys[..., :window], stack.values[..., :window, :]) for stack in store)
 
-        return jax.tree.map(write, page, own)
 
-    return _by_shard(on_shard, mesh, page, own, moved, like=page)
+def with_slots(store: Store, first: Store) -> Store:
+    """The store with its rows' first slots written."""
+
+    def write(whole: Array, part: Array) -> Array:
+        return jax.lax.dynamic_update_slice(whole, part, [0] * whole.ndim)
+
+    return jax.tree.map(write, store, first)
 
 
 @partial(jax.jit, donate_argnames="store")
@@ -215,8 +233,3 @@ def _by_shard(function: Callable[..., Store], mesh: Mesh | None, *args: Any, lik
 def _on_this_shard(store: Store, indices: tuple[Array, Array]) -> tuple[Array, Array]:
     """Indices that count over all shards -> those of a shard's part of the store."""
     return indices[0] % store[0].keys.shape[1], indices[1]
-
-
-def _if_chosen(store: Store, indices: tuple[Array, Array], moved: Moved) -> tuple[Array, Array]:
-    """Those not chosen out of range, where nothing is written."""
-    return jnp.where(moved.chosen, indices[0], store[0].keys.shape[1]), indices[1]

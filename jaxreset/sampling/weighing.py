@@ -16,7 +16,7 @@ from jaxreset.models.packing import one_group_each
 from jaxreset.models.policy import Policy
 from jaxreset.models.precision import computing_decoder
 from jaxreset.parallel import fetch
-from jaxreset.parallel.compiling import compiled
+from jaxreset.parallel.compiling import Compile, SideBySide
 
 
 class Weigher:
@@ -35,8 +35,11 @@ class Weigher:
         for row, tokens in zip(self._answers, answers, strict=True):
             row[: len(tokens)] = tokens
 
-    def compile(self, policy: Policy) -> None:
-        """Compiles all that a call needs."""
+    def compile(self, policy: Policy, compiled: Compile | None = None) -> None:
+        """Compiles all that a call needs; see `Sampler.compile`."""
+        if compiled is None:
+            with SideBySide() as compiled:
+                return self.compile(policy, compiled)
         compiled(score_answers, *self._arguments(policy, []), graph=policy.graph)
 
     def __call__(self, policy: Policy, questions: Sequence[np.ndarray]) -> np.ndarray:
