@@ -29,6 +29,7 @@ from jaxreset.planning.footprint import (
     Phase,
     Program,
     check_room,
+    decode_sizes,
     estimated,
     make_case,
     phases,
@@ -209,12 +210,13 @@ def test_caches_are_those_of_the_rounds_that_are_held_and_the_one_that_is_drawn(
     wide = make_case(small_config(*longer), slice_in(GIB))
     page = 21 * 96
     assert most_bytes(wide) == slot * (104 + (2 * 96 + 104) + page)
-    # Lanes for 32 of 64 rows, with a copy of their first half; fewer lanes, and a page of those that wait.
+    # Half as many lanes, 2 groups of one, with a copy of their first half; lanes for 32 of 64 rows beside
+    # them, and pages of those that wait.
     few = make_case(
         small_config(*longer, "train.prompts_per_step=16", "sampling.slots=32"), slice_in(GIB)
     )
     page = 42 * 48
-    assert most_bytes(few) == slot * (2 * 104 + (4 * 96 + 4 * 48 + 104) + 2 * 96 + page)
+    assert most_bytes(few) == slot * (2 * 104 + (2 * 96 + 2 * 48 + 2 * 104) + 4 * 96 + page)
 
 
 def test_groups_that_are_cut_keep_their_prefix_in_each_part():
@@ -457,10 +459,10 @@ def test_an_absurd_plan_says_by_how_much_it_does_not_fit():
 def test_the_largest_number_of_rows_is_found_by_halving(monkeypatch):
     from jaxreset.planning import advice
 
-    def compiled(name, sizes, call, say):
-        return Program(name, sizes, 0.0)
+    def compiled(case, say):
+        return Program("decode", decode_sizes(case), 0.0)
 
-    monkeypatch.setattr(advice, "compile_program", compiled)
+    monkeypatch.setattr(advice, "compile_decode", compiled)
     case = make_case(small_config(), slice_in(2**20))
     found = advice.largest_slots(case, [], lambda text: None)
     assert found.slots == found.prompts * 4 == found.rows_per_shard * 8

@@ -150,8 +150,10 @@ def draw_rows(
         cache.leave(own, drawn.reasons != StopReason.RUNNING)
         _record(state, batch, drawn)
         steps = int(drawn.steps)
-        lanes, prefixes = steps * batch.live.size, steps * batch.shape.groups
-        spent = Spent(spent.lane_steps + lanes, spent.prefix_reads + prefixes)
+        spent = Spent(
+            spent.lane_steps + steps * batch.live.size,
+            spent.prefix_reads + steps * batch.shape.groups,
+        )
     return state, spent
 
 

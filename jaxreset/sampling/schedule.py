@@ -94,12 +94,13 @@ def lane_shapes(
     """
     first = groups if slots is None else min(groups, slots // rows)
     first = max(first // shards, 1) * shards
-    full, last = [(first, rows)], []
+    full: list[tuple[int, int]] = [(first, rows)]
+    last: list[tuple[int, int]] = []
     if size >= 2 * MIN_WINDOW:
         if first < groups and rows > 2:
             few = max(first * rows // (2 * shards), 1) * shards
             full.append((few, 2 if few > MIN_LANES else 1))
-        while (fewer := _fewer(*(last or full)[-1], shards)) is not None:
+        while (fewer := _fewer((last or full)[-1], shards)) is not None:
             last.append(fewer)
     widths = windows(size, least=MIN_WINDOW)
     return [
@@ -108,8 +109,9 @@ def lane_shapes(
     ]
 
 
-def _fewer(groups: int, rows: int, shards: int) -> tuple[int, int] | None:
+def _fewer(lanes: tuple[int, int], shards: int) -> tuple[int, int] | None:
     """A quarter of the lanes, else half, first of a group's and then of the groups; None: they are few."""
+    groups, rows = lanes
     for share in (4, 2):
         k = max(rows // share, 1)
         m = groups if rows >= share else groups * rows // share
