@@ -28,7 +28,7 @@ from jaxreset.models.decoder import Decoder, Standing, Store
 from jaxreset.parallel import DATA_AXES, replicated
 from jaxreset.sampling.rounds import StopReason
 from jaxreset.sampling.stores import constrain, fork, slots_of, taken, with_slots
-from jaxreset.sampling.tokens import Draws, draw_token, draw_token_apart, row_keys, row_uniforms
+from jaxreset.sampling.tokens import Draws, draw_token, draw_token_apart, row_uniforms
 from jaxreset.steps import Progress, StepAutomaton, advance
 
 Array = jax.Array
@@ -191,7 +191,6 @@ def _decode(
     narrow = window < whole[0].keys.shape[-1]
     own = slots_of(whole, window) if narrow else whole  # copied once and not at every token
     shape = lanes.live.shape
-    keys = row_keys(draws, lanes.ids, lanes.numbers)
     used = lanes.used[:, None]
     lane_index = jnp.indices(shape)
     attend: Attend = shared_prefix_attention
@@ -208,7 +207,8 @@ def _decode(
     def numbers(drawn: Drawn) -> Array:
         """Random numbers of the next tokens, `[DRAWN_AHEAD, M, K, 2]`; a lane that can go on goes on."""
         positions = (used + drawn.lengths)[..., None] + jnp.arange(DRAWN_AHEAD)
-        return jnp.moveaxis(row_uniforms(keys, positions, zeros.dtype), 2, 0)
+        ahead = row_uniforms(draws, lanes.ids, lanes.numbers, positions, zeros.dtype)
+        return jnp.moveaxis(ahead, 2, 0)
 
     def going_on(state: tuple[Drawn, Store, Standing, Array]) -> Array:
         count = able(state[0]).sum()

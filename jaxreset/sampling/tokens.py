@@ -33,21 +33,31 @@ class Draws(NamedTuple):
     phase: Leaf
 
 
-def row_keys(draws: Draws, ids: Array, numbers: Array) -> Array:
-    """`ids` [M], `numbers` [M, K] -> `[M, K]` keys that depend on prompt and row, not on the batch."""
-    key = jax.random.fold_in(jax.random.key(draws.seed), draws.step)
-    fold = jax.vmap(jax.random.fold_in, (0, None))
-    phases = fold(jax.vmap(partial(jax.random.fold_in, key))(ids), draws.phase)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(phases, numbers)
+def row_uniforms(
+    draws: Draws, ids: Array, numbers: Array, positions: Array, dtype: jnp.dtype
+) -> Array:
+    """Random numbers in [0, 1) named by prompt, row and position, whatever the batch; two a token.
 
+    Args:
+      draws: seed, step and phase.
+      ids: `[M]` int, of the prompts.
+      numbers: `[M, K]` int, of the rows.
+      positions: `[M, K, B]` int, in the response.
 
-def row_uniforms(keys: Array, positions: Array, dtype: jnp.dtype) -> Array:
-    """`keys` [N, K], `positions` [N, K, B] in the response -> `[N, K, B, 2]` numbers in [0, 1)."""
+    Returns:
+      `[M, K, B, 2]`.
+    """
+    key = jax.random.key(draws.seed)
+    names = draws.step, ids[:, None, None], draws.phase, numbers[..., None], positions
+    every = jnp.stack([jnp.broadcast_to(name, positions.shape).ravel() for name in names])
 
-    def draw(key: Array, position: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(key, position), (2,), dtype)
+    def fold(keys: Array, names: Array) -> tuple[Array, None]:
+        return jax.vmap(jax.random.fold_in)(keys, names), None
 
-    return jax.vmap(jax.vmap(jax.vmap(draw, (None, 0))))(keys, positions)
+    # A loop and not one call a name: compiling the generator takes as long as compiling a layer.
+    keys, _ = jax.lax.scan(fold, jnp.broadcast_to(key, every.shape[1:]), every.astype(jnp.uint32))
+    uniforms = jax.vmap(partial(jax.random.uniform, shape=(2,), dtype=dtype))(keys)
+    return uniforms.reshape(*positions.shape, 2)
 
 
 def draw_token(logits: Array, uniforms: Array, draws: Draws) -> tuple[Array, Array, Array]:
