@@ -19,6 +19,8 @@ from jaxreset.models.decoder import KV
 from jaxreset.models.decoding_copy import decoding_copy, unstacked_graph
 from jaxreset.models.packing import one_group_each
 from jaxreset.models.rotary import RopeScaling
+from jaxreset.sampling.prefilling import ChunkShape, plan_chunks, prefill
+from jaxreset.sampling.stores import empty, layout_for
 
 WIDE = DecoderConfig(
     vocab=19,
@@ -52,6 +54,18 @@ def plain_hidden(graph, params, sequences, lengths, rows):
     hidden = nnx.merge(graph, params).hidden(sequences)
     slots = jnp.repeat(lengths, k)[:, None] + jnp.arange(s)
     return jnp.take_along_axis(hidden, slots[..., None], axis=1).reshape(n, k, s, -1)
+
+
+def prefilled(graph, params, prefix, lengths, *, chunk):
+    """Their keys and values, computed `chunk` tokens of two prefixes at a time."""
+    n, p = prefix.shape
+    like = layout_for(WIDE, stacked=len(nnx.merge(graph, params).stacks) == 1)
+    store = empty(jnp.float32(0), like=like, groups=n, rows=None, size=p)
+    if p == 0:
+        return store
+    shape = ChunkShape(n * p, min(n, 2), min(chunk, p))
+    chunks = plan_chunks(range(n), [(0, end) for end in lengths], shape, groups=n, prefix=p)
+    return prefill(params, store, prefix, chunks, graph=graph, size=shape.tokens)
 
 
 def decode(graph, params, tokens, slots, prefix, lengths, cache):
@@ -104,7 +118,6 @@ def test_decoding_with_a_cache_gives_the_hidden_states_of_the_update(name, shape
         if not stacked:
             params = decoding_copy(params, graph=graph, unstacked=True, mesh=None)
             graph = unstacked_graph(CONFIGS[name])
-        decoder = nnx.merge(graph, params)
         rng = np.random.default_rng(seed)
         # What lies beyond a prefix, or beyond a row's slot, is junk that nobody may see.
         beyond = (np.arange(p) >= lengths[:, None])[None, :, None]  # [1, N, 1, P]
@@ -113,7 +126,7 @@ def test_decoding_with_a_cache_gives_the_hidden_states_of_the_update(name, shape
                 jnp.where(beyond[..., None, :], 9.0, keys),
                 jnp.where(beyond[..., None], 9.0, values),
             )
-            for keys, values in decoder.prefill(jnp.asarray(prefix))
+            for keys, values in prefilled(graph, params, prefix, lengths, chunk=1 + seed % 3)
         )
         assert len(shared) == (1 if stacked else WIDE.layers)
 

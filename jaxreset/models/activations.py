@@ -14,12 +14,10 @@ from jaxreset.models.block import DecoderConfig
 WIDE = 4  # bytes of a float32
 
 
-def prefill_bytes(config: DecoderConfig, groups: int, tokens: int) -> int:
-    """Of running so many prefixes of so many tokens: one layer's activations, and scores of a block."""
-    c = config
-    block = max(LEAST_BLOCK, -(-tokens // MOST_BLOCKS))
-    scores = 2 * WIDE * c.heads * min(block, tokens) * tokens
-    return groups * (tokens * _token_bytes(c) // 2 + scores)
+def prefill_bytes(config: DecoderConfig, tokens: int, prefix: int) -> int:
+    """Of running so many tokens at once behind so many: one layer's activations, and scores."""
+    scores = 2 * WIDE * config.heads * prefix
+    return tokens * (_token_bytes(config) // 2 + scores)
 
 
 def decode_bytes(config: DecoderConfig, lanes: int) -> int:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ from jaxreset.models.windows import (
     standing_of,
     turns_of,
     view_of_layer,
+    views_of_chunks,
     windowed_layers,
 )
 from jaxreset.parallel import embed_sharding, hidden_sharding, rows_sharding
@@ -116,53 +117,57 @@ class Decoder(nnx.Module):
         """
         turns = turns_of(self.config, jnp.arange(tokens.shape[-1])[None])
 
-        def layer(x: Array, block: Block, windowed: Array | None) -> tuple[Array, None]:
+        def layer(x: Array, block: Block, windowed: Array | None) -> Array:
             turn, window = of_layer(self.config, windowed, turns)
-            return _self_attend(block, x, turn, window=window)[0], None
+            return _self_attend(block, x, turn, window=window)[0]
 
-        return self.norm(self._scan(layer, self.embed[tokens], remat=remat)[0])
+        return self.norm(self._scan(layer, self.embed[tokens], remat=remat))
 
-    def prefill(self, tokens: Array) -> Store:
-        """`[N, P]` right-padded prefixes -> their keys and values, `[L, N, G, D, P]` and `[L, N, G, P, D]`.
-
-        Slots at and after a prefix's end hold padding: attention masks them by length.
-        """
-        turns = turns_of(self.config, jnp.arange(tokens.shape[-1])[None])
-
-        def layer(x: Array, block: Block, windowed: Array | None) -> tuple[Array, KV]:
-            turn, window = of_layer(self.config, windowed, turns)
-            x, keys, values = _self_attend(block, x, turn, window=window)
-            return x, KV(keys, values)
-
-        return self._scan(layer, self.embed[tokens])[1]
-
-    def extend(self, tokens: Array, prefix: Store, prefix_lengths: Array) -> Store:
-        """Keys and values of more tokens of each prefix; what the prefix holds isn't computed again.
+    def extend(
+        self,
+        tokens: Array,
+        prefix: Store,
+        groups: Array,
+        starts: Array,
+        attend: Attend = shared_prefix_attention,
+    ) -> Store:
+        """Keys and values of the next tokens of some prefixes; what these hold isn't computed again.
 
         Args:
-          tokens: `[N, Q]` right-padded; the first stands at position `prefix_lengths`.
+          tokens: `[B, C]`; the first stands in slot `starts`.
           prefix: `[L, N, ...]` with P slots.
-          prefix_lengths: `[N]` int, slots of `prefix` that exist.
+          groups: `[B]` int, the prefixes' places in `prefix`.
+          starts: `[B]` int, slots of theirs that exist.
+          attend: as of `decode`.
 
         Returns:
-          `[L, N, 1, G, D, Q]` and `[L, N, 1, G, Q, D]`: a suffix store of one row a group.
+          `[L, B, G, D, C]` and `[L, B, G, C, D]`: C slots of B prefixes.
         """
-        size = prefix[0].keys.shape[-1]
-        positions = prefix_lengths[:, None, None] + jnp.arange(tokens.shape[-1])
-        turns = turns_of(self.config, positions)
-        exist = existing(prefix_lengths, size)[:, 0, 0].astype(jnp.int32)
-        readers = jnp.ones((1, 1, tokens.shape[-1]), jnp.int32)
+        size, length = prefix[0].keys.shape[-1], tokens.shape[-1]
+        whole, inside = views_of_chunks(self.config, starts, length, size)
 
-        def layer(x: Array, block: Block, windowed: Array | None, shared: KV) -> tuple[Array, KV]:
-            turn, window = of_layer(self.config, windowed, turns)
-            query, keys, values = block.project(x, turn)
-            own = KV(*_slots_inside(keys, values))
-            seen = Prefix(*shared, exist, readers)
-            if window is not None:
-                seen = seen._replace(positions=jnp.arange(size)[None], reader_positions=positions)
-            return block.combine(x, causal_attention(query, *own, None, seen, window=window)), own
+        def layer(
+            stack: Block,
+            windowed: np.ndarray | None,
+            shared: KV,
+            x: Array,
+            index: Array | int,
+        ) -> tuple[Array, KV]:
+            view = view_of_layer(windowed, index, whole, inside)
+            graph, params = nnx.split(stack)
+            return _extend_layer(params, shared, index, x, groups, view, graph=graph, attend=attend)
 
-        return self._scan(layer, self.embed[tokens][:, None], prefix)[1]
+        x, made = self.embed[tokens][:, None], []  # [B, 1, C, E]
+        kinds = windowed_layers(self.config, len(self.stacks))
+        for stack, windowed, shared in zip(self.stacks, kinds, prefix, strict=True):
+            step = functools.partial(layer, stack, windowed, shared)
+            if len(shared.keys) == 1:
+                x, own = step(x, 0)
+                own = jax.tree.map(lambda of_layer: of_layer[None], own)
+            else:
+                x, own = jax.lax.scan(step, x, jnp.arange(len(shared.keys)))
+            made.append(own)
+        return tuple(made)
 
     def suffix_hidden(
         self,
@@ -198,7 +203,7 @@ class Decoder(nnx.Module):
 
         def layer(
             carry: tuple[Array, Array], block: Block, windowed: Array | None
-        ) -> tuple[tuple[Array, Array], None]:
+        ) -> tuple[Array, Array]:
             turn, window = of_layer(self.config, windowed, turns)
             prefix_turn, _ = of_layer(self.config, windowed, prefix_turns)
             # Both at either end: else XLA gathers weights for tokens that stay split.
@@ -221,13 +226,13 @@ class Decoder(nnx.Module):
                 recompute=True,
             )
             own = block.combine(own, attended)
-            return (between(inside(shared)), between(inside(own))), None
+            return between(inside(shared)), between(inside(own))
 
         embed = self.embed[...]
         if mesh is not None:
             embed = _constrain(embed, embed_sharding(mesh, len(embed)))
         start = between(inside(embed[prefix])), between(inside(embed[rows]))
-        (_, own), _ = self._scan(layer, start, remat=remat)
+        _, own = self._scan(layer, start, remat=remat)
         return self.norm(own)
 
     def standing(
@@ -291,33 +296,47 @@ class Decoder(nnx.Module):
         return self.norm(x)[:, :, 0], tuple(written)
 
     def _scan(
-        self,
-        layer: Callable[..., tuple[Carry, KV | None]],
-        carry: Carry,
-        *stores: Store,
-        remat: bool = False,
-    ) -> tuple[Carry, Store]:
-        """`layer(carry, block, whether windowed, *of its stores)` over all layers; what else it returns, by
-        stack."""
-        made, kinds = [], windowed_layers(self.config, len(self.stacks))
-        for stack, windowed, *beside in zip(self.stacks, kinds, *stores, strict=True):
+        self, layer: Callable[[Carry, Block, Array | None], Carry], carry: Carry, *, remat: bool
+    ) -> Carry:
+        """`layer(carry, block, whether windowed)` over all layers."""
+        kinds = windowed_layers(self.config, len(self.stacks))
+        for stack, windowed in zip(self.stacks, kinds, strict=True):
             graph, params = nnx.split(stack)
 
             def body(
-                carry: Carry,
-                xs: tuple[nnx.State, Array | None, list[KV]],
-                graph: nnx.GraphDef = graph,
-            ) -> tuple[Carry, KV | None]:
-                return layer(carry, nnx.merge(graph, xs[0]), xs[1], *xs[2])
+                carry: Carry, xs: tuple[nnx.State, Any], graph: nnx.GraphDef = graph
+            ) -> tuple[Carry, None]:
+                return layer(carry, nnx.merge(graph, xs[0]), xs[1]), None
 
-            carry, out = jax.lax.scan(
-                jax.checkpoint(body) if remat else body, carry, (params, windowed, beside)
+            carry, _ = jax.lax.scan(
+                jax.checkpoint(body) if remat else body, carry, (params, windowed)
             )
-            made.append(out)
-        return carry, tuple(made)
+        return carry
 
 
-# Of its own, so that layers which are unrolled are traced once.
+# Both of their own, so that layers which are unrolled are traced once.
+@functools.partial(jax.jit, static_argnames=("graph", "attend"))
+def _extend_layer(
+    params: nnx.State,
+    shared: KV,
+    index: Array | int,
+    x: Array,
+    groups: Array,
+    view: View,
+    *,
+    graph: nnx.GraphDef[Block],
+    attend: Attend,
+) -> tuple[Array, KV]:
+    """A layer of `Decoder.extend`: the one of that index in its stack."""
+    block = nnx.merge(graph, jax.tree.map(lambda p: p[index], params))
+    query, keys, values = block.project(x, view.turn)
+    own = KV(*_slots_inside(keys, values))
+    # Only the prefixes that are read are taken out, and only of this layer.
+    seen = shared.keys[index, groups], shared.values[index, groups]
+    attended = attend(query, *own, view.mask, *seen, view.prefix_mask)
+    return block.combine(x, attended), KV(own.keys[:, 0], own.values[:, 0])
+
+
 @functools.partial(jax.jit, static_argnames=("graph", "attend"))
 def _decode_layer(
     params: nnx.State,

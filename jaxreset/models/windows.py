@@ -24,10 +24,10 @@ NO_WINDOW = 2**30  # tokens, more than there are
 
 
 class View(NamedTuple):
-    """What the tokens of a decoding step see in a layer.
+    """What tokens behind a prefix see in a layer, T of each row: one in a decoding step.
 
-    turn: their rotation.  mask: own slots, `[N, K, 1, S]`.
-    prefix_mask: slots of the prefix, broadcastable to `[N, K, 1, P]`.
+    turn: their rotation.  mask: own slots, broadcastable to `[N, K, T, S]`.
+    prefix_mask: slots of the prefix, broadcastable to `[N, K, T, P]`.
     """
 
     turn: Rotation
@@ -102,6 +102,26 @@ def standing_of(
     near = within(window, positions, jnp.arange(prefix_size))
     seen = existing(prefix_lengths, prefix_size) & near
     return standing._replace(inside=View(inside, own, seen))
+
+
+def views_of_chunks(
+    config: DecoderConfig, starts: Array, length: int, prefix_size: int
+) -> tuple[View, View | None]:
+    """Of `length` tokens of each of N prefixes, behind its first `starts` [N] of `prefix_size` slots.
+
+    In layers that see all, and in those with a window, if there are any.
+    """
+    slots = jnp.arange(length)
+    positions = starts[:, None, None] + slots
+    whole, inside = turns_of(config, positions)
+    causal = (slots <= slots[:, None])[None, None]
+    exist = existing(starts, prefix_size)
+    view = View(whole, causal, exist)
+    if not any(config.windowed):
+        return view, None
+    window = config.window or NO_WINDOW
+    near = within(window, positions, jnp.arange(prefix_size))
+    return view, View(inside, causal & within(window, slots, slots), exist & near)
 
 
 def existing(lengths: Array, size: int) -> Array:

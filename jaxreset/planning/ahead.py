@@ -34,10 +34,11 @@ from jaxreset.models.decoder import KV, Decoder, Store
 from jaxreset.models.decoding_copy import decoding_layout
 from jaxreset.models.huggingface import abstract_decoder
 from jaxreset.models.placement import decode_shardings, param_shardings
-from jaxreset.parallel import cache_sharding, replicated, rows_sharding
-from jaxreset.sampling import decoding, stores
+from jaxreset.parallel import cache_sharding, data_shards, replicated, rows_sharding
+from jaxreset.sampling import decoding, prefilling, stores
 from jaxreset.sampling.decoding import Limits
 from jaxreset.sampling.drawing import idle_lanes
+from jaxreset.sampling.prefilling import chunk_shape, plan_chunks
 from jaxreset.sampling.rounds import Shape
 from jaxreset.sampling.schedule import LaneShape
 from jaxreset.sampling.tokens import Draws
@@ -149,11 +150,21 @@ class Call(NamedTuple):
         return lowered
 
 
-def prefill(subject: Subject, shape: Shape) -> Call:
-    """Prefilling the prefixes of a round."""
-    tokens = _all_at(np.zeros((shape.groups, shape.prefix), np.int32), subject.rows)
-    static = {"graph": subject.decoding_graph, "mesh": subject.mesh}
-    return Call(decoding.prefill, (subject.decoding, tokens), static)
+def prefill(subject: Subject, part: Shape) -> Call:
+    """Prefilling the prefixes of a part of a round."""
+    shards = data_shards(subject.mesh)
+    size = chunk_shape(part.groups, part.prefix, on_cpu=subject.on_cpu, shards=shards)
+    tokens = np.zeros((part.groups, part.prefix), np.int32)
+    chunks = plan_chunks([], [], size, groups=part.groups, prefix=part.prefix, shards=shards)
+    places = {"groups": chunks.groups, "starts": chunks.starts}
+    args = (
+        subject.decoding,
+        prefix_store(subject, part.groups, part.prefix),
+        _all_at(tokens, subject.rows),
+        chunks._replace(**_all_at(places, subject.rows)),
+    )
+    static = {"graph": subject.decoding_graph, "size": size.tokens, "mesh": subject.mesh}
+    return Call(prefilling.prefill, args, static)
 
 
 def decode(subject: Subject, part: Shape, lanes: LaneShape) -> Call:

@@ -30,6 +30,7 @@ from jaxreset.planning.ahead import Call, Subject, device_bytes_of
 from jaxreset.planning.shapes import RunShapes, choose_mesh, fresh_sizes, run_shapes
 from jaxreset.planning.supervised import warm_start_parts
 from jaxreset.sampling.memory import RoundMemory
+from jaxreset.sampling.prefilling import chunk_shape
 from jaxreset.sampling.rounds import Shape
 from jaxreset.sampling.schedule import LaneShape
 from jaxreset.tasks.chain import TOKENIZER
@@ -230,10 +231,13 @@ def estimated(case: Case) -> list[Program]:
         pack.slots,
         remat=case.config.train.remat,
     )
+
+    def prefill(part: Shape) -> int:
+        size = chunk_shape(part.groups, part.prefix, on_cpu=case.subject.on_cpu, shards=shards)
+        return activations.prefill_bytes(model, size.chunks * size.tokens, part.prefix)
+
     needs = {
-        "prefill": max(
-            activations.prefill_bytes(model, s.groups // shards, s.prefix) for s in prefixes
-        ),
+        "prefill": max(map(prefill, prefixes)),
         "decode": activations.decode_bytes(model, lanes // shards),
         "apply": 2 * gradients,  # the updates, and the moments before they take the old ones' place
         "accumulate": gradients + passes,

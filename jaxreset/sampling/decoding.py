@@ -1,11 +1,6 @@
-"""The sampler's jitted programs that run the network. Pure functions over pytrees.
+"""The decoding loop: a jitted program, a pure function over pytrees.
 
-    prefill   prompts [N, P]                      ─▶ prefix store: N times P slots
-    extend    a prefix store, tokens [N, Q]       ─▶ prefix store with their slots filled
     decode    prefixes and lanes' own slots       ─▶ more tokens a lane, own slots: M × K' times S
-
-A prefix of p tokens has p - 1 slots in its store: the last token is fed again by every row, into the
-row's slot 0. So a prompt and a reset state start in the same way, and prefill needs no logits.
 
 `decode` advances some rows of a round, its *lanes*, which attend to their first W slots. Which rows,
 when, and through how wide a window is decided on the host (`schedule`), and what is moved for it
@@ -27,7 +22,7 @@ from jaxreset.models.attention import Attend, attend_by_heads, shared_prefix_att
 from jaxreset.models.decoder import Decoder, Standing, Store
 from jaxreset.parallel import DATA_AXES, replicated
 from jaxreset.sampling.rounds import StopReason
-from jaxreset.sampling.stores import constrain, fork, slots_of, taken, with_slots
+from jaxreset.sampling.stores import constrain, slots_of, taken, with_slots
 from jaxreset.sampling.tokens import Draws, draw_token, draw_token_apart, row_uniforms
 from jaxreset.steps import Progress, StepAutomaton, advance
 
@@ -88,39 +83,6 @@ class Drawn(NamedTuple):
     progress: Progress
     reasons: Array
     steps: Array
-
-
-@partial(jax.jit, static_argnames=("graph", "mesh"))
-def prefill(
-    params: nnx.State, tokens: Array, *, graph: nnx.GraphDef, mesh: Mesh | None = None
-) -> Store:
-    """The prefix store of right-padded prompts `[N, P]`."""
-    return constrain(nnx.merge(graph, params).prefill(tokens), mesh)
-
-
-@partial(jax.jit, static_argnames=("graph", "mesh"))
-def extend(
-    params: nnx.State,
-    prefix: Store,
-    prefix_lengths: Array,
-    tokens: Array,
-    *,
-    graph: nnx.GraphDef,
-    mesh: Mesh | None = None,
-) -> Store:
-    """The prefix store with more tokens behind each prefix; only those run through the network.
-
-    Args:
-      params: the decoder's.
-      prefix: N × P slots, with room for the tokens.
-      prefix_lengths: `[N]` int, tokens of the prefixes.
-      tokens: `[N, Q]` the prefix's last token and those behind it, but for the last; right-padded.
-    """
-    model: Decoder = nnx.merge(graph, params)
-    added = model.extend(tokens, prefix, prefix_lengths - 1)
-    groups, size = jnp.arange(len(tokens)), prefix[0].keys.shape[-1]
-    cells = groups, jnp.zeros_like(groups)
-    return fork(prefix, added, prefix_lengths, groups, cells, size=size, mesh=mesh)
 
 
 @partial(jax.jit, static_argnames=("graph", "window", "mesh"), donate_argnames="own")

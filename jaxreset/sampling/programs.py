@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -31,6 +32,7 @@ from jaxreset.sampling.drawing import (
 )
 from jaxreset.sampling.lanes import LaneCache, Moves, moves_of, page_rows
 from jaxreset.sampling.memory import RoundMemory
+from jaxreset.sampling.prefilling import Chunks, chunk_shape, plan_chunks, prefill
 from jaxreset.sampling.rounds import Held, Pages, Shape, Snapshot
 from jaxreset.sampling.schedule import Costs
 from jaxreset.sampling.stores import Moved
@@ -87,15 +89,39 @@ class Programs:
         )
 
     def prefill(
-        self, policy: Policy, shape: Shape, prefixes: Sequence[np.ndarray], places: np.ndarray
+        self,
+        policy: Policy,
+        shape: Shape,
+        prefixes: Sequence[np.ndarray],
+        places: np.ndarray,
+        *,
+        behind: tuple[Store, Sequence[int]] | None = None,
     ) -> Store:
-        """The prefix store of at most N prefixes, each in its place."""
-        tokens = np.zeros((shape.groups, shape.prefix), np.int32)
+        """The prefix store of at most N prefixes, each in its place.
+
+        `behind`: a store that holds some of each, and how many of its tokens; it is used up.
+        """
+        n, p = shape.groups, shape.prefix
+        graph, params = self.layout(policy)
+        if behind is None:
+            like = stores.layout_for(policy.config, stacked=not self._on_cpu)
+            store, begins = self._empty(like, n, None, p), [0] * len(prefixes)
+        else:
+            store, begins = behind[0], [count - 1 for count in behind[1]]
+        tokens = np.zeros((n, p), np.int32)
         for place, prefix in zip(places, prefixes, strict=True):
             tokens[place, : len(prefix)] = prefix
-        tokens = put(tokens, self._rows)
-        graph, params = self.layout(policy)
-        return self._run(decoding.prefill, params, tokens, graph=graph, mesh=self._mesh)
+        spans = [(begin, len(prefix) - 1) for begin, prefix in zip(begins, prefixes, strict=True)]
+        size = chunk_shape(n, p, on_cpu=self._on_cpu, shards=self.shards)
+        chunks = plan_chunks(places.tolist(), spans, size, groups=n, prefix=p, shards=self.shards)
+        tokens, groups, starts = put((tokens, *chunks[:2]), self._rows)
+        chunks = Chunks(groups, starts, chunks.count)
+        args = params, store, tokens, chunks
+        return self._run(prefill, *args, graph=graph, size=size.tokens, mesh=self._mesh)
+
+    def _empty(self, like: stores.Layout, groups: int, rows: int | None, slots: int) -> Store:
+        sizes = {"groups": groups, "rows": rows, "size": slots}
+        return self._run(stores.empty, self._anchor, like=like, **sizes, mesh=self._mesh)
 
     def shard(self, held: Sequence[Held], group: int) -> int:
         """The data shard that a group of a round stands on."""
@@ -199,26 +225,6 @@ class Programs:
     def _few(self, shape: Shape) -> Shape:
         return shape._replace(groups=min(shape.groups, FORK_GROUPS))
 
-    def extend(
-        self,
-        policy: Policy,
-        prefix: Store,
-        prefixes: Sequence[np.ndarray],
-        questions: Sequence[np.ndarray],
-        places: np.ndarray,
-        size: int,
-    ) -> Store:
-        """The prefix store with at most `size` tokens put behind each prefix, which has its place."""
-        groups = prefix[0].keys.shape[1]
-        lengths, tokens = np.ones(groups, np.int32), np.zeros((groups, size), np.int32)
-        for place, kept, question in zip(places, prefixes, questions, strict=True):
-            lengths[place] = len(kept)
-            tokens[place, : len(question)] = [kept[-1], *question[:-1]]
-        lengths, tokens = put((lengths, tokens), self._rows)
-        graph, params = self.layout(policy)
-        args = params, prefix, lengths, tokens
-        return self._run(decoding.extend, *args, graph=graph, mesh=self._mesh)
-
     def draw(
         self,
         policy: Policy,
@@ -306,7 +312,7 @@ class Programs:
         return decode
 
     def _moves(self, prefix: Store) -> Moves:
-        return _Moves(self._anchor, stores.layout_of(prefix), self._mesh, self._run)
+        return _Moves(partial(self._empty, stores.layout_of(prefix)), self._mesh, self._run)
 
     def _costs(self, model: DecoderConfig) -> Costs:
         attention = 2 * model.heads * model.head_dim
@@ -341,14 +347,9 @@ class Programs:
 class _Moves(NamedTuple):
     """`lanes.Moves` for stores of a policy."""
 
-    anchor: jax.Array
-    like: stores.Layout
+    empty: Callable[[int, int, int], Store]
     mesh: Mesh | None
     run: Callable[..., Any]
-
-    def empty(self, groups: int, rows: int, slots: int) -> Store:
-        sizes = {"groups": groups, "rows": rows, "size": slots}
-        return self.run(stores.empty, self.anchor, like=self.like, **sizes, mesh=self.mesh)
 
     def move(self, source: Store, target: Store, moved: Moved) -> Store:
         # As wide as the widest, so that a size of store has one program for either direction.

@@ -256,8 +256,8 @@ class Sampler:
             cache = self._programs.fork(parent.held, part, of(snapshots), places)
             if not asked:
                 return cache
-            size = self.question_tokens
-            return self._programs.extend(policy, cache, of(kept), of(asked), places, size)
+            behind = cache, list(map(len, of(kept)))
+            return self._programs.prefill(policy, part, of(prefixes), places, behind=behind)
 
         drawn = draw_round(
             self._programs,
@@ -335,8 +335,7 @@ class Sampler:
                 parts = memory.threads_of(parent.rows)
                 prefix = programs.compile_fork(held[parent], parent, part, parts=parts)
                 if self.question_tokens:
-                    size = self.question_tokens
-                    prefix = programs.extend(policy, prefix, [], [], nowhere, size)
+                    prefix = programs.prefill(policy, part, [], nowhere, behind=(prefix, []))
             else:
                 prefix = programs.prefill(policy, part, [], nowhere)
             held[child] = programs.compile_draw(policy, part, prefix, draws)

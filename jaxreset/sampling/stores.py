@@ -1,5 +1,6 @@
 """Moving keys and values between stores: jitted programs, of which none crosses data shards.
 
+    empty   sizes                               ─▶ a store of zeros, of prefixes or of rows
     fork    a round's stores, rows and lengths  ─▶ prefix store: N' times P' slots
     lift    rows of lanes or of a page          ─▶ rows by themselves
     lay     rows by themselves                  ─▶ rows of lanes or of a page
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxreset.models.block import DecoderConfig
 from jaxreset.models.decoder import KV, Store
 from jaxreset.parallel import cache_sharding, rows_sharding
 
@@ -44,6 +46,12 @@ def layout_of(store: Store) -> Layout:
     _, _, heads, width, _ = store[0].keys.shape
     stacks = tuple(len(stack.keys) for stack in store)
     return Layout(stacks, heads, width, str(store[0].keys.dtype))
+
+
+def layout_for(config: DecoderConfig, *, stacked: bool) -> Layout:
+    """Of stores for a decoder of these sizes, whose layers are in one stack or each in its own."""
+    stacks = (config.layers,) if stacked else (1,) * config.layers
+    return Layout(stacks, config.kv_heads, config.head_dim, config.dtype)
 
 
 class Moved(NamedTuple):
@@ -116,12 +124,18 @@ def fork(
 # program is compiled anew for the other kind.
 @partial(jax.jit, static_argnames=("like", "groups", "rows", "size", "mesh"), keep_unused=True)
 def empty(
-    anchor: Array, *, like: Layout, groups: int, rows: int, size: int, mesh: Mesh | None = None
+    anchor: Array,
+    *,
+    like: Layout,
+    groups: int,
+    rows: int | None,
+    size: int,
+    mesh: Mesh | None = None,
 ) -> Store:
-    """A zeroed store of M × K × S slots."""
+    """A zeroed store of M × K × S slots, or without rows of N × P."""
 
     def zeros(layers: int) -> KV:
-        around = layers, groups, rows, like.heads
+        around = layers, groups, *(() if rows is None else (rows,)), like.heads
         shapes = (*around, like.width, size), (*around, size, like.width)
         return KV(*(jnp.zeros(shape, like.dtype) for shape in shapes))
 
