@@ -52,7 +52,7 @@ def test_threads_compute_with_the_settings_of_their_caller():
 def narrow_windows():
     """Responses of 100 tokens take several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "MIN_WINDOW", 32)
+        patch.setattr(schedule, "MIN_WINDOW", 16)
         yield
 
 
@@ -162,7 +162,7 @@ def test_every_row_is_found_on_its_page(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     wanted = np.clip(rng.geometric(4 / (3 + size), (groups, rows)), 1, size)
     moves, lengths, batch = Numpy(), np.zeros((groups, rows), int), None
-    shapes = lane_shapes(groups, rows, size, slots=slots)
+    shapes = lane_shapes(groups, rows, 70, size, slots=slots)
     hold = data.draw(st.booleans())
     cache = LaneCache(moves, (groups, rows), size, full=shapes[0][:2], hold=hold)
     most = np.full(groups, size)

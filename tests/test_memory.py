@@ -13,6 +13,7 @@ import pytest
 
 from jaxreset.config_file import load_config
 from jaxreset.learning import learner
+from jaxreset.parallel.compiling import SideBySide
 from jaxreset.planning import footprint
 from jaxreset.run.loop import train
 from jaxreset.sampling import programs, schedule
@@ -84,9 +85,10 @@ def _places(arrays):
 @pytest.fixture
 def watch(monkeypatch, compiled_in_haste):
     watch = Watch()
-    monkeypatch.setattr(schedule, "MIN_WINDOW", 48)  # else such responses would have one
+    monkeypatch.setattr(schedule, "MIN_WINDOW", 24)  # else such responses would have one
     monkeypatch.setattr(programs, "run", watch.watching(programs.run, "sampling"))
-    monkeypatch.setattr(programs, "compiled", watch.watching(programs.compiled, "compiling"))
+    making = SideBySide.__call__
+    monkeypatch.setattr(SideBySide, "__call__", watch.watching(making, "compiling"))
     for name in ("accumulate", "apply", "measure"):
         monkeypatch.setattr(learner, name, watch.watching(getattr(learner, name), "update"))
     for name in ("PROCESS", "DECODE_LAYER", "OTHER_LAYER"):

@@ -195,7 +195,7 @@ def most_bytes(case):
 
 
 def test_caches_are_those_of_the_rounds_that_are_held_and_the_one_that_is_drawn(monkeypatch):
-    monkeypatch.setattr(schedule, "MIN_WINDOW", 48)  # two windows in 96 slots
+    monkeypatch.setattr(schedule, "MIN_WINDOW", 24)  # two windows in 96 slots
     whole = make_case(small_config("sampling.hold_cache=always"), slice_in(GIB))
     never = make_case(small_config("sampling.hold_cache=never"), slice_in(GIB))
     slot = 2 * 1 * 4 * 8 * 4  # keys and values, layers, heads, numbers, bytes
@@ -210,13 +210,13 @@ def test_caches_are_those_of_the_rounds_that_are_held_and_the_one_that_is_drawn(
     wide = make_case(small_config(*longer), slice_in(GIB))
     page = 21 * 96
     assert most_bytes(wide) == slot * (104 + (2 * 96 + 104) + page)
-    # Half as many lanes, 2 groups of one, with a copy of their first half; lanes for 32 of 64 rows beside
-    # them, and pages of those that wait.
+    # Half as many lanes, 2 groups of one, with a copy of their first quarter; beside them lanes for 32 of
+    # 64 rows, and pages of those that wait.
     few = make_case(
         small_config(*longer, "train.prompts_per_step=16", "sampling.slots=32"), slice_in(GIB)
     )
     page = 42 * 48
-    assert most_bytes(few) == slot * (2 * 104 + (2 * 96 + 2 * 48 + 2 * 104) + 4 * 96 + page)
+    assert most_bytes(few) == slot * (2 * 104 + (2 * 96 + 2 * 24 + 2 * 104) + 4 * 96 + page)
 
 
 def test_groups_that_are_cut_keep_their_prefix_in_each_part():

@@ -23,7 +23,7 @@ from jaxreset.sampling.decoding import Limits, decode
 from jaxreset.sampling.drawing import idle_lanes
 from jaxreset.sampling.rounds import Shape, StopRules, Stream
 from jaxreset.sampling.sampler import Sampler
-from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes, next_batch, windows
+from jaxreset.sampling.schedule import Costs, LaneShape, lane_shapes, next_batch
 from jaxreset.sampling.tokens import Draws
 from jaxreset.steps import build_automaton
 
@@ -61,20 +61,13 @@ def test_every_row_is_drawn_to_its_end_in_the_shapes_that_were_compiled(data):
     seed = data.draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
     wanted = rng.integers(0, size + 1, (groups, rows))
-    shapes = lane_shapes(groups, rows, size, slots=slots, shards=shards)
+    shapes = lane_shapes(groups, rows, prefix, size, slots=slots, shards=shards)
+    assert {shape[:2] for shape in shapes if shape.window == size} == {s[:2] for s in shapes}
     assert all(shape.groups % shards == 0 for shape in shapes)
     if slots is not None:
         most = max(slots, rows * shards, 2 * shards)
         assert all(shape.groups * shape.rows <= most for shape in shapes)
     simulate(wanted, shapes, prefix=prefix)
-
-
-def test_the_widest_window_is_the_whole_suffix():
-    for size in (1, 64, 127, 128, 500, 4096):
-        widths = windows(size, least=32)
-        assert widths[-1] == size
-        assert widths == sorted(set(widths))
-        assert widths[0] >= min(size, 32)
 
 
 def long_tail(rng, shape, *, median=40, most=512):
@@ -83,9 +76,9 @@ def long_tail(rng, shape, *, median=40, most=512):
 
 def test_few_lanes_idle_although_lengths_have_a_long_tail():
     wanted = long_tail(np.random.default_rng(0), (128, 8))
-    segments = simulate(wanted, lane_shapes(128, 8, 512, slots=64))
+    segments = simulate(wanted, lane_shapes(128, 8, 64, 512, slots=64))
     spent = sum(steps * batch.live.size for batch, steps in segments)
-    assert wanted.sum() / spent > 0.7
+    assert wanted.sum() / spent > 0.8
     # A batch that is never changed waits for the longest of its 64 rows.
     static = 64 * wanted.reshape(-1, 64).max(1).sum()
     assert wanted.sum() / static < 0.3
@@ -94,12 +87,12 @@ def test_few_lanes_idle_although_lengths_have_a_long_tail():
 @pytest.mark.parametrize("costs", [CPU, ACCELERATOR], ids=["cpu", "accelerator"])
 def test_a_batch_of_all_rows_shrinks_as_they_end(costs):
     wanted = long_tail(np.random.default_rng(1), (32, 8))
-    segments = simulate(wanted, lane_shapes(32, 8, 512), costs=costs)
+    segments = simulate(wanted, lane_shapes(32, 8, 64, 512), costs=costs)
     lanes = [batch.live.size for batch, _ in segments]
     assert lanes[0] == 256
     assert lanes[-1] <= 16
     spent = sum(steps * batch.live.size for batch, steps in segments)
-    assert wanted.sum() / spent > 0.5
+    assert wanted.sum() / spent > (0.6 if costs is CPU else 0.55)  # there idle lanes cost little
     assert wanted.sum() / (wanted.max() * wanted.size) < 0.2
     if costs is ACCELERATOR:  # where few rows cost as much as many, they decode together
         assert sum(steps for _, steps in segments) < 1.2 * wanted.max()
@@ -150,7 +143,7 @@ def test_segments_change_no_token(policies, make_sampler, monkeypatch, dtype, sl
             expected = rounds(plain)
             for r in expected:  # all lanes, until the longest row ends
                 assert r.lane_steps == r.lengths.max() * r.shape.groups * r.shape.rows
-            monkeypatch.setattr(schedule, "MIN_WINDOW", 16)  # windows of 16 and 32 slots
+            monkeypatch.setattr(schedule, "MIN_WINDOW", 8)  # windows of 8 and 32 slots
             monkeypatch.setattr(schedule, "MIN_LANES", 2)
             for ours, theirs in zip(rounds(segmented), expected, strict=True):
                 assert_rounds_equal(ours, theirs, atol=atol)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 Array = jax.Array
 Attend = Callable[..., Array]  # with the arguments of `shared_prefix_attention`
 
-LEAST_BLOCK = 128  # queries of `causal_attention`; smaller products don't fill the machine
+LEAST_BLOCK = 256  # queries of `causal_attention`; smaller products don't fill the machine
 MOST_BLOCKS = 8  # each is compiled
 
 

@@ -129,9 +129,16 @@ class Case:
 
     @property
     def decoded(self) -> set[tuple[Shape, LaneShape]]:
-        """Parts of all rounds and their lanes: as many decoding programs."""
+        """Parts of all rounds and their lanes: as many decoding programs.
+
+        Where lanes aren't all rows in their places a program doesn't know how many rows there are: 0 here.
+        """
         parts = map(self.memory.part, caches.rounds(self.config, self.shapes))
-        return {(part, lanes) for part in parts for lanes in self.memory.lanes(part)}
+        return {
+            (part if lanes[:2] == part[:2] else part._replace(rows=0), lanes)
+            for part in parts
+            for lanes in self.memory.lanes(part)
+        }
 
     @property
     def lanes(self) -> tuple[Shape, LaneShape]:

@@ -77,8 +77,7 @@ class RoundMemory:
         slots = CPU_SLOTS if self.on_cpu else None
         if self.slots is not None:
             slots = self.slots // self.threads_of(part.rows)
-        n, k, _, s = part
-        return lane_shapes(n, k, s, slots=slots, shards=self.shards)
+        return lane_shapes(*part, slots=slots, shards=self.shards)
 
     def holds(self, shape: Shape) -> bool:
         """Whether a round of that shape keeps its keys and values, so that resets gather theirs."""
@@ -134,7 +133,7 @@ class RoundMemory:
         n, k, _, s = part = self.part(shape)
         spare = max((x.groups * x.rows * s for x in self.lanes(part) if x[:2] != at[:2]), default=0)
         rows, window = n * k, s
-        if not self.holds(shape):  # those that wait have filled half a window at most
+        if not self.holds(shape):  # some that wait have filled a quarter, some all
             rows, window = n * k - at.groups * at.rows, -(-s // 2)
         return spare + self._page_slots(rows, window)
 

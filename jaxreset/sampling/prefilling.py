@@ -32,7 +32,7 @@ Leaf = Any  # of a pytree built on the host with numpy, and traced inside jit
 
 # Tokens of a chunk, and of chunks that a data shard computes at once. Enough to read the weights for: a CPU
 # needs few, and what a chunk has beyond its prefix's end is wasted.
-CPU_CHUNK, CPU_TOKENS = 64, 64
+CPU_CHUNK, CPU_TOKENS = 64, 256
 CHUNK, TOKENS = 256, 2048
 
 
@@ -62,7 +62,7 @@ def chunk_shape(groups: int, prefix: int, *, on_cpu: bool, shards: int = 1) -> C
     >>> chunk_shape(64, 1000, on_cpu=False, shards=8)
     ChunkShape(turns=4, chunks=8, tokens=256)
     >>> chunk_shape(8, 100, on_cpu=True)
-    ChunkShape(turns=16, chunks=1, tokens=64)
+    ChunkShape(turns=4, chunks=4, tokens=64)
     """
     here = groups // shards
     tokens = min(CPU_CHUNK if on_cpu else CHUNK, prefix)

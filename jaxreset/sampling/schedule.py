@@ -20,6 +20,9 @@ import numpy as np
 # of its memory: so they are few.
 MIN_WINDOW = 48  # slots; a response of fewer than two such has no tail worth another program
 MIN_LANES = 16  # fewer make a step little cheaper
+MOSTLY_OWN = (
+    16  # rows' own slots over their prefix's, from which most time goes into reading their own
+)
 FREED = 0.25  # share of lanes that must have ended before waiting rows take their place
 
 
@@ -62,35 +65,31 @@ class Batch(NamedTuple):
     in_place: bool = False
 
 
-def windows(size: int, *, least: int) -> list[int]:
-    """How many of `size` slots are attended to: an eighth, half and all; none of fewer than `least`.
-
-    >>> windows(500, least=32)
-    [63, 250, 500]
-    """
-    parts = [-(-size // share) for share in (8, 2)]
-    return [*(part for part in parts if part >= least), size]
-
-
 def lane_shapes(
-    groups: int, rows: int, size: int, *, slots: int | None = None, shards: int = 1
+    groups: int,
+    rows: int,
+    prefix: int,
+    size: int,
+    *,
+    slots: int | None = None,
+    shards: int = 1,
 ) -> list[LaneShape]:
     """All sizes that decoding a round may need.
 
     Where rows wait for lanes, those that are left of many groups find room in half as many lanes of more
-    groups. Fewer lanes still are for the last and longest rows.
+    groups. Fewer lanes still are for the last and longest rows. Which windows there are: `windows`.
 
     Args:
-      groups, rows, size: N, K and S of the round.
+      groups, rows, prefix, size: N, K, P and S of the round.
       slots: most lanes at once, but at least a group on each shard; None: all rows.
       shards: of the group axis; each takes equally many groups.
 
-    >>> [tuple(shape) for shape in lane_shapes(128, 8, 50, slots=64)]
+    >>> [tuple(shape) for shape in lane_shapes(128, 8, 64, 50, slots=64)]
     [(8, 8, 50)]
-    >>> [tuple(shape) for shape in lane_shapes(8, 8, 256, slots=32)]
-    [(4, 8, 128), (4, 8, 256), (16, 1, 128), (16, 1, 256)]
-    >>> [tuple(shape) for shape in lane_shapes(32, 8, 200)]
-    [(32, 8, 100), (32, 8, 200), (32, 2, 200), (16, 1, 200)]
+    >>> [tuple(shape) for shape in lane_shapes(8, 8, 400, 256, slots=32)]
+    [(4, 8, 64), (4, 8, 256), (16, 1, 64), (16, 1, 256)]
+    >>> [tuple(shape) for shape in lane_shapes(32, 8, 400, 200)]
+    [(32, 8, 50), (32, 8, 200), (32, 2, 200), (16, 1, 200)]
     """
     first = groups if slots is None else min(groups, slots // rows)
     first = max(first // shards, 1) * shards
@@ -102,11 +101,26 @@ def lane_shapes(
             full.append((few, 2 if few > MIN_LANES else 1))
         while (fewer := _fewer((last or full)[-1], shards)) is not None:
             last.append(fewer)
-    widths = windows(size, least=MIN_WINDOW)
+    wide = windows(size, read=rows * size / prefix)
+    some = wide if len(wide) > 2 else wide[-1:]  # of fewer lanes
     return [
-        *(LaneShape(*lanes, width) for lanes in full for width in widths),
-        *(LaneShape(*lanes, size) for lanes in last),
+        *(LaneShape(*lanes, width) for lanes in full for width in wide),
+        *(LaneShape(*lanes, width) for lanes in last for width in some),
     ]
+
+
+def windows(size: int, *, read: float) -> list[int]:
+    """How many of their S slots rows attend to; none but S of fewer than `MIN_WINDOW`.
+
+    `read`: of a group's slots that a step reads, the rows' own over the prefix's. The more they are, the
+    more narrow windows save, and the more of them are worth compiling.
+
+    >>> windows(4096, read=0.5), windows(4096, read=2), windows(4096, read=64)
+    ([4096], [1024, 4096], [512, 2048, 4096])
+    """
+    shares = [] if read < 1 else [4] if read <= MOSTLY_OWN else [8, 2]
+    parts = [-(-size // share) for share in shares]
+    return [*(part for part in parts if part >= MIN_WINDOW), size]
 
 
 def _fewer(lanes: tuple[int, int], shards: int) -> tuple[int, int] | None:

@@ -107,6 +107,7 @@ def fork(
         cells = cells[0] % suffix[0].keys.shape[1], cells[1]
         held = lengths[groups] - 1  # slots in the parent's prefix store
 
+        @jax.jit  # so that stacks of one layer each are traced once
         def layer(stacks: tuple[KV, KV]) -> KV:
             prefix, suffix = stacks
             return KV(
