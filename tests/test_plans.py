@@ -219,6 +219,13 @@ def test_caches_are_those_of_the_rounds_that_are_held_and_the_one_that_is_drawn(
     assert most_bytes(few) == slot * (2 * 104 + (2 * 96 + 2 * 24 + 2 * 104) + 4 * 96 + page)
 
 
+def test_the_papers_setting_decodes_with_few_programs():
+    pytest.importorskip("libtpu")
+    for file in PAPER:
+        case = make_case(load_config(file), slice_of("v5e:16x16"))
+        assert len(case.decoded) <= 12, file.stem
+
+
 def test_groups_that_are_cut_keep_their_prefix_in_each_part():
     """Four prompts of eight rollouts on eight data shards: each is cut in two."""
     case, whole = (
@@ -428,6 +435,12 @@ def test_a_small_plan_fits_and_is_one_json_object(hasty):
     assert shown["mesh"] == {"data": 1, "fsdp": 1, "tensor": 2}
     names = [program["name"] for program in shown["programs"]]
     assert names == ["prefill", "decode", "fork", "apply", "accumulate"]
+    assert list(shown["kinds"]) == names
+    assert min(shown["kinds"].values()) == 1
+    taken = {p["name"]: p["seconds"] for p in shown["programs"]}
+    assert shown["compile_seconds"] == pytest.approx(
+        sum(shown["kinds"][name] * seconds for name, seconds in taken.items())
+    )
     for phase in shown["phases"].values():
         assert phase["total"] == sum(phase["parts"].values()) == shown["memory"] + phase["over"]
     decode = shown["programs"][1]

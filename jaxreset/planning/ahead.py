@@ -156,12 +156,13 @@ def prefill(subject: Subject, part: Shape) -> Call:
     size = chunk_shape(part.groups, part.prefix, on_cpu=subject.on_cpu, shards=shards)
     tokens = np.zeros((part.groups, part.prefix), np.int32)
     chunks = plan_chunks([], [], size, groups=part.groups, prefix=part.prefix, shards=shards)
-    places = {"groups": chunks.groups, "starts": chunks.starts}
+    tokens, groups, starts = _all_at((tokens, chunks.groups, chunks.starts), subject.rows)
+    count = _all_at(chunks.count, subject.whole)
     args = (
         subject.decoding,
         prefix_store(subject, part.groups, part.prefix),
-        _all_at(tokens, subject.rows),
-        chunks._replace(**_all_at(places, subject.rows)),
+        tokens,
+        chunks._replace(groups=groups, starts=starts, count=count),
     )
     static = {"graph": subject.decoding_graph, "size": size.tokens, "mesh": subject.mesh}
     return Call(prefilling.prefill, args, static)

@@ -209,6 +209,24 @@ def compiled(case: Case, say: Say) -> Iterator[Program]:
     yield compile_program("accumulate", case.pack, call, say)
 
 
+def kinds(case: Case) -> dict[str, int]:
+    """How many programs of each kind a run compiles; those that move keys and values are small."""
+    memory, shapes = case.memory, case.shapes
+    part, kept = memory.part, caches.held(memory, shapes)
+    filled = [*case.prefilled]
+    if case.config.reset.localizer.mode == "inline" and shapes.localize is not None:
+        filled.append(shapes.localize)  # questions, behind what is gathered
+    forks = {(part(parent), part(child)) for parent, child in shapes.forks if parent in kept}
+    counts = {
+        "prefill": len({part(shape)[::2] for shape in filled}),
+        "decode": len(case.decoded),
+        "fork": len(forks),
+        "apply": 1,
+        "accumulate": len(shapes.pack),
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
 def resident(subject: Subject) -> dict[str, int]:
     """Bytes of what outlives a phase."""
     state = subject.state

@@ -15,7 +15,16 @@ from jaxreset.models import flops
 from jaxreset.parallel.topology import slice_of
 from jaxreset.planning import caches
 from jaxreset.planning.advice import Advice, Largest, advise, largest_slots
-from jaxreset.planning.footprint import Case, Phase, Program, Say, compiled, make_case, phases
+from jaxreset.planning.footprint import (
+    Case,
+    Phase,
+    Program,
+    Say,
+    compiled,
+    kinds,
+    make_case,
+    phases,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Report:
       phases: "compiling", "sampling" and "update"; on a CPU "saving", and for a fresh policy with one "warm
         start" too.
       programs: compiled.
+      kinds: how many programs of each kind a run compiles.
       flops: of a step at its limits on all devices: every response as long as it may be.
       cuts: of rounds with fewer groups than there are data shards, into how many parts each group is cut.
         Each part prefills and keeps the whole prefix, and resets of it are prefilled too.
@@ -44,6 +54,7 @@ class Report:
     parameters: int
     phases: dict[str, Phase]
     programs: tuple[Program, ...]
+    kinds: dict[str, int]
     flops: dict[str, float]
     cuts: dict[str, int]
     advice: tuple[Advice, ...] = ()
@@ -54,6 +65,11 @@ class Report:
         """Whether all phases do, and the compiler refused nothing."""
         refused = any(program.refused for program in self.programs)
         return not refused and all(phase.over <= 0 for phase in self.phases.values())
+
+    @property
+    def compile_seconds(self) -> float:
+        """About how long a run's programs take one after another on this machine, were all the largest."""
+        return sum(self.kinds[program.name] * program.seconds for program in self.programs)
 
     def as_json(self) -> dict[str, Any]:
         """All of it in JSON's types."""
@@ -70,7 +86,8 @@ class Report:
             "advice": [a._asdict() for a in self.advice],
             "largest": self.largest and self.largest._asdict(),
         }
-        return {"fits": self.fits, **asdict(self), **changed}
+        sums = {"fits": self.fits, "compile_seconds": self.compile_seconds}
+        return {**sums, **asdict(self), **changed}
 
 
 def plan(
@@ -104,6 +121,7 @@ def plan(
         parameters=case.subject.parameters,
         phases=phases(case, programs),
         programs=programs,
+        kinds=kinds(case),
         flops=_step_flops(case),
         cuts=caches.cuts(case.memory, config, case.shapes),
     )

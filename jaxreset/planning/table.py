@@ -23,6 +23,11 @@ def show(report: Report, console: Console) -> None:
     )
     console.print(memory_table(r.phases))
     console.print(_programs(report))
+    console.print(
+        f"compiling all {sum(r.kinds.values())} takes about {r.compile_seconds / 60:.1f} minutes here, one "
+        "after another; a run compiles as many at a time as there are cores, and once for all its starts",
+        highlight=False,
+    )
     if any(program.traffic != () for program in r.programs):
         console.print(_traffic(report))
     work = ", ".join(f"{name} {count:.2e}" for name, count in r.flops.items())
@@ -56,11 +61,13 @@ def memory_table(phases: Mapping[str, Phase]) -> Table:
 
 def _programs(report: Report) -> Table:
     table = Table(title="programs")
-    for column in ("program", "sizes", "arguments", "result", "temporary", "compiled in"):
+    columns = "program", "sizes", "arguments", "result", "temporary", "compiled in", "of its kind"
+    for column in columns:
         table.add_column(column, justify="left" if column == "program" else "right")
     for p in report.programs:
         sizes = [size_text(x) for x in (p.arguments, p.result, p.temporary)]
-        table.add_row(p.name, " × ".join(map(str, p.sizes)), *sizes, f"{p.seconds:.0f} s")
+        compiling = f"{p.seconds:.0f} s", str(report.kinds[p.name])
+        table.add_row(p.name, " × ".join(map(str, p.sizes)), *sizes, *compiling)
     return table
 
 
