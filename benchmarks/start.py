@@ -2,10 +2,10 @@
 
     python benchmarks/start.py [--json FILE] [--table FILE] [--only grpo srpo ladder]
 
-The shape is SmolLM2-135M's with random numbers: 30 layers, a vocabulary of 49,152, float32. Prompts have up
-to 400 tokens, responses 256, steps 64, questions of the localiser 800 and its answers 64; 8 prompts a step
-and 16 to evaluate. A start is a process of its own, as `jaxreset train` is one: it imports, reads the
-checkpoint, compiles all that the run will need, and draws a first round.
+The shape is SmolLM2-135M's with random numbers: 30 layers, a vocabulary of 49,152, float32. Prompts have 128
+tokens where there is room for 400, responses may have 256, steps 64, the localiser's questions 800 and its
+answers 64; 8 prompts a step and 16 to evaluate. A start is a process of its own, as `jaxreset train` is one:
+it imports, reads the checkpoint, compiles all that the run will need, and draws a token of each row.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
+import numpy as np  # noqa: E402
 from common import measured_on, write_checkpoint  # noqa: E402
 
 from jaxreset.config_file import parse_config  # noqa: E402
@@ -33,6 +34,7 @@ from jaxreset.sampling.rounds import Stream  # noqa: E402
 MODEL = DecoderConfig(
     vocab=49_152, layers=30, width=576, heads=9, kv_heads=3, head_dim=64, mlp=1536, rope_theta=1e5
 )
+PROMPT = 128
 OBJECTIVES = "grpo", "srpo", "ladder"
 HEADER = """# The first rollout, measured
 
@@ -74,7 +76,8 @@ def start(objective: str, model: Path, cache: Path) -> dict[str, float]:
         ready = time.perf_counter()
         experiment.compile()
         compiled = time.perf_counter()
-        prompts = [prompt.tokens for prompt in experiment.prompts()]
+        count = config.train.prompts_per_step
+        prompts = list(np.random.default_rng(0).integers(1, MODEL.vocab, (count, PROMPT)))
         rows = experiment.objective.base
         experiment.sampler.sample(
             experiment.policy, prompts, rows=rows, stream=Stream(0), max_new=1
