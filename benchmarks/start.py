@@ -2,10 +2,10 @@
 
     python benchmarks/start.py [--json FILE] [--table FILE] [--only grpo srpo ladder]
 
-The shape is SmolLM2-135M's with random numbers: 30 layers, a vocabulary of 49,152, float32. Prompts have 128
-tokens where there is room for 400, responses may have 256, steps 64, the localiser's questions 800 and its
-answers 64; 8 prompts a step and 16 to evaluate. A start is a process of its own, as `jaxreset train` is one:
-it imports, reads the checkpoint, compiles all that the run will need, and draws a token of each row.
+The shape is SmolLM2-135M's with random numbers: 30 layers, a vocabulary of 49,152, float32. Prompts have
+128 tokens where there is room for 400, responses may have 256, steps 64, the localiser's questions 800 and
+its answers 64; 8 prompts a step and 16 to evaluate. A start is a process of its own, as `jaxreset train` is
+one: it imports, reads the checkpoint, compiles all that the run will need, and draws a token of each row.
 """
 
 from __future__ import annotations

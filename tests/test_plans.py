@@ -27,7 +27,6 @@ from jaxreset.planning import ahead, caches, footprint
 from jaxreset.planning.advice import advise
 from jaxreset.planning.footprint import (
     Phase,
-    Program,
     check_room,
     decode_sizes,
     estimated,
@@ -35,6 +34,7 @@ from jaxreset.planning.footprint import (
     phases,
 )
 from jaxreset.planning.plans import plan
+from jaxreset.planning.programs import Program
 from jaxreset.sampling import schedule
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -11,16 +11,8 @@ from jaxreset.config import Config
 from jaxreset.config_file import parse_config
 from jaxreset.errors import ConfigError
 from jaxreset.parallel import data_shards
-from jaxreset.planning.footprint import (
-    Case,
-    Phase,
-    Program,
-    Say,
-    compile_decode,
-    decode_sizes,
-    make_case,
-    phases,
-)
+from jaxreset.planning.footprint import Case, Phase, compile_decode, decode_sizes, make_case, phases
+from jaxreset.planning.programs import Program, Say
 
 RANK = 64  # of the adapters that are advised
 # What more devices of the same kind would share.

@@ -15,16 +15,8 @@ from jaxreset.models import flops
 from jaxreset.parallel.topology import slice_of
 from jaxreset.planning import caches
 from jaxreset.planning.advice import Advice, Largest, advise, largest_slots
-from jaxreset.planning.footprint import (
-    Case,
-    Phase,
-    Program,
-    Say,
-    compiled,
-    kinds,
-    make_case,
-    phases,
-)
+from jaxreset.planning.footprint import Case, Phase, compiled, kinds, make_case, phases
+from jaxreset.planning.programs import Program, Say
 
 
 @dataclass(frozen=True)
