@@ -107,7 +107,8 @@ def even_length(task, items):
         # Rows seldom wait in their places and on pages at once.
         (1, ["sampling.hold_cache=never", "model.lora.rank=4"], 0.4),
         (1, ["model.dtype=bfloat16", "loss.kl=0.1", "sampling.slots=16"], 0.75),
-        (8, ["mesh.data=4", "mesh.tensor=2"], 0.85),
+        # A decoding program's copies of prefixes and narrow windows, which count, aren't seen here.
+        (8, ["mesh.data=4", "mesh.tensor=2"], 0.75),
     ],
 )
 def test_a_run_holds_what_is_said(devices, overrides, least, watch, monkeypatch, tmp_path):
