@@ -171,17 +171,19 @@ def _prefill(
         groups, starts = chunks.groups[:, number] % len(tokens), chunks.starts[:, number]
         slots = starts[:, None] + jnp.arange(size)
         made = model.extend(tokens[groups[:, None], slots], store, groups, starts, attend)
-        for n in range(len(groups)):  # each is written in its place: a scatter would copy the store
-            store = tuple(
-                KV(
-                    _written(whole.keys, part.keys[:, n], groups[n], starts[n], axis=-1),
-                    _written(whole.values, part.values[:, n], groups[n], starts[n], axis=-2),
-                )
-                for whole, part in zip(store, made, strict=True)
-            )
-        return store
+        return tuple(_placed(*stacks, groups, starts) for stacks in zip(store, made, strict=True))
 
     return jax.lax.fori_loop(0, chunks.count, turn, store)
+
+
+@jax.jit  # of its own, so that stacks of one layer each are traced once
+def _placed(whole: KV, part: KV, groups: Array, starts: Array) -> KV:
+    """A stack's keys and values with those of chunks written from `starts` on."""
+    for n in range(len(groups)):  # each in its place: a scatter would copy the store
+        keys = _written(whole.keys, part.keys[:, n], groups[n], starts[n], axis=-1)
+        values = _written(whole.values, part.values[:, n], groups[n], starts[n], axis=-2)
+        whole = KV(keys, values)
+    return whole
 
 
 def _written(whole: Array, part: Array, group: Array, start: Array, *, axis: int) -> Array:

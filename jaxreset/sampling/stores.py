@@ -160,7 +160,11 @@ def lift(store: Store, rows: tuple[Array, Array], *, size: int, mesh: Mesh | Non
             padding[axis] = 0, more
             return jnp.pad(found, padding)
 
-        return tuple(KV(read(stack.keys, -1), read(stack.values, -2)) for stack in store)
+        @jax.jit  # so that stacks of one layer each are traced once
+        def of_stack(stack: KV) -> KV:
+            return KV(read(stack.keys, -1), read(stack.values, -2))
+
+        return tuple(map(of_stack, store))
 
     return _by_shard(on_shard, mesh, store, rows, like=store)
 
@@ -181,13 +185,14 @@ def lay(
         rows = jnp.where(chosen, first, store[0].keys.shape[1]), second  # out of range: dropped
         width = store[0].keys.shape[-1]
 
+        @jax.jit
         def write(own: KV, new: KV) -> KV:
             return KV(
                 own.keys.at[:, *rows].set(new.keys[:, :, 0, ..., :width], mode="drop"),
                 own.values.at[:, *rows].set(new.values[:, :, 0, :, :width], mode="drop"),
             )
 
-        return tuple(write(*stacks) for stacks in zip(store, lifted, strict=True))
+        return tuple(map(write, store, lifted))
 
     return _by_shard(on_shard, mesh, store, lifted, rows, chosen, like=store)
 
