@@ -87,13 +87,18 @@ def pack_shapes(
 
     >>> [tuple(shape) for shape in pack_shapes(8, 100, 50, tokens=10_000)]
     [(20, 8, 100, 50), (2, 8, 100, 50), (19, 8, 125, 50), (2, 8, 125, 50)]
+    >>> [tuple(shape) for shape in pack_shapes(4, 68, 56, tokens=10_000)]
+    [(34, 4, 70, 56), (4, 4, 70, 56)]
     >>> [tuple(shape) for shape in pack_shapes(8, 100, 200, tokens=500)]
     [(1, 8, 100, 200)]
     """
     shapes, room = [], tokens // shards - lanes * slots
     shares = (max(prefix, int(share * lanes * slots)) for share in (0, *PREFIX_SHARES))
     least, *wanted = (-(-width // multiple) * multiple for width in shares)
-    for width in dict.fromkeys([width for width in wanted if width <= room] or [least]):
+    widths = list(dict.fromkeys([width for width in wanted if width <= room] or [least]))
+    if len(widths) == 2 and 8 * widths[1] < 9 * widths[0]:  # almost alike: one does for both
+        widths = widths[1:]
+    for width in widths:
         bins = max(tokens // ((width + lanes * slots) * shards), 1)
         few = max(bins // 8, 1)
         shapes += [PackShape(n * shards, lanes, width, slots) for n in dict.fromkeys((bins, few))]
