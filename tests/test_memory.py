@@ -17,7 +17,6 @@ from jaxreset.parallel.compiling import SideBySide
 from jaxreset.planning import footprint
 from jaxreset.run.loop import train
 from jaxreset.sampling import programs, schedule
-from jaxreset.sampling.memory import RoundMemory
 from jaxreset.tasks.base import Scores
 from jaxreset.tasks.chain import ChainTask
 
@@ -97,10 +96,6 @@ def watch(monkeypatch, compiled_in_haste):
     return watch
 
 
-def lanes_alone(memory, part, at):
-    return at.groups * at.rows * part.suffix
-
-
 def even_length(task, items):
     return Scores(np.array([len(text) % 2 == 0 for _, text in items], np.float64), ())
 
@@ -112,7 +107,8 @@ def even_length(task, items):
         # Rows seldom wait in their places and on pages at once.
         (1, ["sampling.hold_cache=never", "model.lora.rank=4"], 0.4),
         (1, ["model.dtype=bfloat16", "loss.kl=0.1", "sampling.slots=16"], 0.75),
-        (8, ["mesh.data=4", "mesh.tensor=2"], 0.8),
+        # A decoding program's copies of prefixes and narrow windows, which count, aren't seen here.
+        (8, ["mesh.data=4", "mesh.tensor=2"], 0.75),
     ],
 )
 def test_a_run_holds_what_is_said(devices, overrides, least, watch, monkeypatch, tmp_path):
@@ -126,13 +122,10 @@ def test_a_run_holds_what_is_said(devices, overrides, least, watch, monkeypatch,
     config = load_config(QUICKSTART, [*LONG.split(), f"run.dir={tmp_path / 'run'}", *overrides])
     case = footprint.here(config)
     said = {name: phase.total for name, phase in footprint.phases(case, []).items()}
-    with monkeypatch.context() as patch:  # a decoding program's own copies aren't seen from outside
-        patch.setattr(RoundMemory, "_segment_slots", lanes_alone)
-        outside = {name: phase.total for name, phase in footprint.phases(case, []).items()}
     train(config)
     tables = 16_000  # of steps, of where rows go
     assert watch.most.keys() == {"compiling", "sampling", "update"}
     for phase, most in watch.most.items():
         assert most <= said[phase] + tables, phase
         share = {"compiling": 0.9, "sampling": least, "update": 0.45}[phase]
-        assert most >= share * outside[phase], phase
+        assert most >= share * said[phase], phase

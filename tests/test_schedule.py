@@ -92,7 +92,7 @@ def test_a_batch_of_all_rows_shrinks_as_they_end(costs):
     assert lanes[0] == 256
     assert lanes[-1] <= 16
     spent = sum(steps * batch.live.size for batch, steps in segments)
-    assert wanted.sum() / spent > 0.6
+    assert wanted.sum() / spent > (0.6 if costs is CPU else 0.55)  # there idle lanes cost little
     assert wanted.sum() / (wanted.max() * wanted.size) < 0.2
     if costs is ACCELERATOR:  # where few rows cost as much as many, they decode together
         assert sum(steps for _, steps in segments) < 1.2 * wanted.max()

@@ -93,17 +93,15 @@ def lane_shapes(
     """
     first = groups if slots is None else min(groups, slots // rows)
     first = max(first // shards, 1) * shards
-    read = rows * size / prefix
     full: list[tuple[int, int]] = [(first, rows)]
     last: list[tuple[int, int]] = []
     if size >= 2 * MIN_WINDOW:
         if first < groups and rows > 2:
             few = max(first * rows // (2 * shards), 1) * shards
             full.append((few, 2 if few > MIN_LANES else 1))
-        shares = (2,) if read > MOSTLY_OWN else (4, 2)
-        while (fewer := _fewer((last or full)[-1], shards, shares)) is not None:
+        while (fewer := _fewer((last or full)[-1], shards)) is not None:
             last.append(fewer)
-    wide = windows(size, read=read)
+    wide = windows(size, read=rows * size / prefix)
     some = wide if len(wide) > 2 else wide[-1:]  # of fewer lanes
     return [
         *(LaneShape(*lanes, width) for lanes in full for width in wide),
@@ -125,10 +123,10 @@ def windows(size: int, *, read: float) -> list[int]:
     return [*(part for part in parts if part >= MIN_WINDOW), size]
 
 
-def _fewer(lanes: tuple[int, int], shards: int, shares: tuple[int, ...]) -> tuple[int, int] | None:
-    """A share of the lanes, first of a group's and then of the groups; None: they are few."""
+def _fewer(lanes: tuple[int, int], shards: int) -> tuple[int, int] | None:
+    """A quarter of the lanes, else half, first of a group's and then of the groups; None: they are few."""
     groups, rows = lanes
-    for share in shares:
+    for share in (4, 2):
         k = max(rows // share, 1)
         m = groups if rows >= share else groups * rows // share
         if m * k >= MIN_LANES and m % shards == 0 and m * k < groups * rows:
